@@ -138,7 +138,8 @@ class RayHost:
         self._allow_changes = allow_changes
         PROGRESS.begin("reading the validation text", STORAGE)
         files = {CONFIG: dump_yaml(config), **tokenizer.files()}
-        self._saver = Saver(storage, files, connection.lines, functools.partial(self.emit, wait=True))
+        emit_and_wait = functools.partial(connection.emit, wait=True)
+        self._saver = Saver(storage, files, connection.lines, emit_and_wait, saved_step=state.step)
         self._host_copy = HostCopy()  # used on rank 0
         if self.rank == 0:
             self._host_copy.allocate(state)
@@ -154,9 +155,9 @@ class RayHost:
         if self.rank == 0 and not validation_is_due(state.step, config):
             self._validator.remember_weights(state)
 
-    def emit(self, event: Event, wait: bool = False) -> None:
-        """Send an event to the driver; with `wait`, return after it and all earlier ones have arrived."""
-        self._connection.emit(self._with_documents(event), wait)
+    def emit(self, event: Event) -> None:
+        """Send an event to the driver, with the documents of the sequences that it is about."""
+        self._connection.emit(self._with_documents(event))
 
     def observe_rank(self, data_wait_seconds: float, memory_gb: float) -> None:
         """Set Ray's metrics of this rank: its wait for data and its memory."""
@@ -238,7 +239,7 @@ class RayHost:
 
     @property
     def saved_step(self) -> int:
-        """Return the step of the newest checkpoint of this process, 0 without one."""
+        """Return the step of the newest checkpoint, 0 without one."""
         return self._saver.saved_step
 
     def validate(self, state: TrainingState) -> bool:

@@ -40,7 +40,8 @@ class Saver:
     """Saves checkpoints; every worker has one.
 
     `files` are the contents of further files by name. `lines` are the lines of the record since the newest checkpoint; a
-    save removes them. `emit` sends an event and waits until it has arrived.
+    save removes them. `emit` sends an event and waits until it has arrived. `saved_step` is the step of the newest
+    checkpoint, 0 without one.
     """
 
     def __init__(
@@ -49,8 +50,9 @@ class Saver:
         files: Mapping[str, str],
         lines: list[dict[str, Any]],
         emit: Callable[[Event], None],
+        saved_step: int = 0,
     ) -> None:
-        self.saved_step = 0  # of the newest checkpoint, 0 without one
+        self.saved_step = saved_step
         self.seconds = 0.0  # duration of the newest save
         self._storage, self._files, self._lines, self._emit = storage, files, lines, emit
         self._storage_failed = False  # in the newest save; set only on rank 0, which writes
