@@ -136,9 +136,12 @@ def _refuse_unencodable_prompts(config: Config, tokenizer: Tokenizer) -> None:
 
 def short_name(paths: str | list[str] | None) -> str:
     """Return the last parts of the first paths, and the number of the others, for messages."""
-    listed = path_list(paths)
-    names = [parent_and_name(path)[1] if is_uri(path) else Path(path).name for path in listed[:SHOWN_FILES]]
-    return ", ".join(names) + f" and {len(listed) - SHOWN_FILES:,} more" * (len(listed) > SHOWN_FILES)
+    return _listed([parent_and_name(path)[1] if is_uri(path) else Path(path).name for path in path_list(paths)])
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return the first names, and the number of the others."""
+    return ", ".join(names[:SHOWN_FILES]) + f" and {len(names) - SHOWN_FILES:,} more" * (len(names) > SHOWN_FILES)
 
 
 def _is_missing_default(path: str | list[str] | None, name: str) -> bool:
@@ -186,9 +189,7 @@ def _without_validation(
     remaining = []
     for number, (source, files) in enumerate(sources):
         training, held_out = split_held_out(files, validation, cache_dir)
-        names = ", ".join(file.path for file in held_out[:SHOWN_FILES])
-        if len(held_out) > SHOWN_FILES:
-            names += f" and {len(held_out) - SHOWN_FILES:,} more"
+        names = _listed([file.path for file in held_out])
         if not training:
             notify(
                 f"warning: data.sources[{number}].path: contains only the validation text (data.validation): {names}; "
