@@ -114,25 +114,10 @@ def parse_with_settings(parser: argparse.ArgumentParser, arguments: Sequence[str
         SettingsError: a setting is invalid.
     """
     options, settings = parser.parse_known_args(arguments)
-    return options, _load_settings(parser, options, settings)
+    return options, load_settings(parser, options, settings)
 
 
-def parse_paths_with_settings(
-    parser: argparse.ArgumentParser, arguments: Sequence[str], settings_of: Callable[[argparse.Namespace], list[str]]
-) -> tuple[argparse.Namespace, Config]:
-    """Parse the options of a command that also takes paths, which must not be confused with the values of settings.
-
-    `settings_of` returns further settings, which depend on the options.
-
-    Raises:
-        SettingsError: a setting is invalid.
-    """
-    own_arguments, settings = split_settings(arguments)
-    options, unknown = parser.parse_known_args(own_arguments)
-    return options, _load_settings(parser, options, [*unknown, *settings, *settings_of(options)])
-
-
-def _load_settings(parser: argparse.ArgumentParser, options: argparse.Namespace, settings: Sequence[str]) -> Config:
+def load_settings(parser: argparse.ArgumentParser, options: argparse.Namespace, settings: Sequence[str]) -> Config:
     """Load the settings from --config, environment and arguments, among which may be misspelt options of the command.
 
     Raises:
