@@ -33,7 +33,7 @@ from savant_ray.locations import join_uri, parent_and_name, replace_missing_home
 from savant_ray.reporting import RunReport
 from savant_ray.reporting.wording import byte_size, own_command
 from savant_ray.storage.local import LocalStorage
-from savant_ray.storage.lock import LOCK, is_in_use, locked, move_run_aside
+from savant_ray.storage.lock import LOCK, is_in_use, locked
 from savant_ray.storage.paths import with_absolute_paths
 from savant_ray.storage.run_storage import run_storage
 from tests.cluster.conftest import environment, with_text
@@ -355,8 +355,8 @@ def test_a_run_is_locked_under_every_path_to_it(tmp_path: Path) -> None:
     write(other / "run", 1, 2)
     assert start_of(LocalStorage(other / "run"), pytest.fail) == other / "run/step_2"
     assert start_of(LocalStorage(there), pytest.fail) == there / "step_2"
-    moved = move_run_aside(other / "run")
-    assert moved == other / "run.old" and (there.parent / "run.old/step_2").is_dir()
+    moved = LocalStorage(other / "run").move_aside()
+    assert moved == str(other / "run.old") and (there.parent / "run.old/step_2").is_dir()
 
 
 LEAVING = """

@@ -27,7 +27,7 @@ from savant_ray.driver.starting_point import (
 )
 from savant_ray.errors import CheckpointError, SavantError, SettingsError
 from savant_ray.storage.local import LocalStorage
-from savant_ray.storage.lock import locked, move_run_aside
+from savant_ray.storage.lock import locked
 from savant_ray.storage.protocol import RunStorage
 from savant_ray.storage.ray_snapshot import SNAPSHOT
 from savant_ray.storage.run_storage import run_storage
@@ -125,10 +125,10 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_from_the_begin
 
 def test_fresh_moves_the_old_run_aside_and_loses_nothing(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert move_run_aside(run) is None
+    assert LocalStorage(run).move_aside() is None
     for expected in ("run.old", "run.old-2"):
         write(run, 1)
-        assert move_run_aside(run) == tmp_path / expected
+        assert LocalStorage(run).move_aside() == str(tmp_path / expected)
         assert names(tmp_path / expected) == ["step_1"] and not run.exists()
     with locked(tmp_path / "run"):
         pass
