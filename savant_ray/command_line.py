@@ -23,11 +23,7 @@ HELP_FOR_ORIGINAL = (
     "VALUE, for instance --data.tokenizer FOLDER --model.n_heads 16 --model.n_loops 12. Widths are derived from the "
     "weights. `savant config --help` lists all settings."
 )
-MAX_NEW_TOKENS = 1_000_000  # a token takes milliseconds, and memory in the cache of each loop with global attention
 MAX_COUNT = 1_000_000  # of replicas or requests
-MAX_TRIALS = 10_000
-MAX_STEP = 10**12
-MAX_LOOPS = 1024  # each loop caches keys and values of its own
 MIN_SEED, MAX_SEED = -(2**63), 2**64 - 1  # of torch.Generator
 API_KEY_VARIABLE = "SAVANT_API_KEY"  # of `savant serve`; other commands ignore it without a note
 _SETTING = re.compile(r"--\w+\.[\w.]+(=.*)?", re.DOTALL)
@@ -118,25 +114,10 @@ def parse_with_settings(parser: argparse.ArgumentParser, arguments: Sequence[str
         SettingsError: a setting is invalid.
     """
     options, settings = parser.parse_known_args(arguments)
-    return options, _load_settings(parser, options, settings)
+    return options, load_settings(parser, options, settings)
 
 
-def parse_paths_with_settings(
-    parser: argparse.ArgumentParser, arguments: Sequence[str], settings_of: Callable[[argparse.Namespace], list[str]]
-) -> tuple[argparse.Namespace, Config]:
-    """Parse the options of a command that also takes paths, which must not be confused with the values of settings.
-
-    `settings_of` returns further settings, which depend on the options.
-
-    Raises:
-        SettingsError: a setting is invalid.
-    """
-    own_arguments, settings = split_settings(arguments)
-    options, unknown = parser.parse_known_args(own_arguments)
-    return options, _load_settings(parser, options, [*unknown, *settings, *settings_of(options)])
-
-
-def _load_settings(parser: argparse.ArgumentParser, options: argparse.Namespace, settings: Sequence[str]) -> Config:
+def load_settings(parser: argparse.ArgumentParser, options: argparse.Namespace, settings: Sequence[str]) -> Config:
     """Load the settings from --config, environment and arguments, among which may be misspelt options of the command.
 
     Raises:
@@ -263,19 +244,25 @@ def _local_path(text: str) -> Path:
     return path
 
 
-def new_tokens(text: str) -> int:
-    """Return a number of tokens to generate."""
-    return _integer(text, 1, MAX_NEW_TOKENS)
+def _whole_number(minimum: int, maximum: int) -> Callable[[str], int]:
+    """Return a function that returns an argument as a number within these limits."""
+
+    def number(text: str) -> int:
+        if not re.fullmatch(r"[-+]?\d{1,20}", text.strip()) or not minimum <= int(text) <= maximum:
+            shown = text if len(text) <= 40 else f"{text[:40]}…"
+            raise argparse.ArgumentTypeError(f"{shown!r} is not a whole number from {minimum:,} to {maximum:,}")
+        return int(text)
+
+    return number
 
 
-def loops(text: str) -> int:
-    """Return a number of loops."""
-    return _integer(text, 1, MAX_LOOPS)
-
-
-def trials(text: str) -> int:
-    """Return a number of trials."""
-    return _integer(text, 1, MAX_TRIALS)
+new_tokens = _whole_number(1, 1_000_000)  # a token takes milliseconds, and memory in the cache of each global loop
+loops = _whole_number(1, 1024)  # each loop caches keys and values of its own
+trials = _whole_number(1, 10_000)
+count = _whole_number(1, MAX_COUNT)
+port = _whole_number(1, (1 << 16) - 1)
+seed = _whole_number(MIN_SEED, MAX_SEED)
+_step = _whole_number(1, 10**12)
 
 
 def depths(text: str) -> list[int]:
@@ -288,20 +275,10 @@ def step_range(text: str) -> tuple[int | None, int | None]:
     first, dots, last = text.partition("..")
     if not dots:
         raise argparse.ArgumentTypeError(f"{text!r} is not a range such as 100..200, 100.. or ..200")
-    start, end = (_integer(step, 1, MAX_STEP) if step else None for step in (first, last))
+    start, end = (_step(step) if step else None for step in (first, last))
     if start is not None and end is not None and start > end:
         raise argparse.ArgumentTypeError(f"{text!r} ends before it begins")
     return start, end
-
-
-def count(text: str) -> int:
-    """Return a number of at least 1."""
-    return _integer(text, 1, MAX_COUNT)
-
-
-def port(text: str) -> int:
-    """Return a TCP port."""
-    return _integer(text, 1, (1 << 16) - 1)
 
 
 def replicas(text: str) -> tuple[int, int]:
@@ -310,19 +287,7 @@ def replicas(text: str) -> tuple[int, int]:
     if not first or (dash and not last):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number of at least 1 nor a range such as 1-4")
     smallest = count(first)
-    return smallest, _integer(last, smallest, MAX_COUNT) if dash else smallest
-
-
-def seed(text: str) -> int:
-    """Return a seed that `torch.Generator` accepts."""
-    return _integer(text, MIN_SEED, MAX_SEED)
-
-
-def _integer(text: str, minimum: int, maximum: int) -> int:
-    if not re.fullmatch(r"[-+]?\d{1,20}", text.strip()) or not minimum <= int(text) <= maximum:
-        shown = text if len(text) <= 40 else f"{text[:40]}…"
-        raise argparse.ArgumentTypeError(f"{shown!r} is not a whole number from {minimum:,} to {maximum:,}")
-    return int(text)
+    return smallest, _whole_number(smallest, MAX_COUNT)(last) if dash else smallest
 
 
 def temperature(text: str) -> float:

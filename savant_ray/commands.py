@@ -20,17 +20,18 @@ from savant_ray.command_line import (
     count,
     depths,
     file_path,
+    load_settings,
     loops,
     new_parser,
     new_tokens,
     output_file,
-    parse_paths_with_settings,
     parse_with_original_settings,
     parse_with_settings,
     port,
     refuse_deleted_folder,
     replicas,
     seed,
+    split_settings,
     step_range,
     temperature,
     trials,
@@ -121,14 +122,12 @@ def _data(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--full", action="store_true", help="read all of each source instead of a sample of 8 MiB")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the figures to this file")
-
-    def sources_of(options: argparse.Namespace) -> list[str]:
-        if not options.sources:
-            return []
-        sources = json.dumps([{"path": path, "weight": 1} for path in options.sources])
-        return ["--data.sources", sources, "--data.quickstart", "false"]  # its files are not among the sources
-
-    options, config = parse_paths_with_settings(parser, arguments, sources_of)
+    own_arguments, settings = split_settings(arguments)  # a path must not be taken for the value of a setting
+    options, unknown = parser.parse_known_args(own_arguments)
+    if options.sources:
+        entries = json.dumps([{"path": path, "weight": 1} for path in options.sources])
+        settings += ["--data.sources", entries, "--data.quickstart", "false"]  # its files are not among the sources
+    config = load_settings(parser, options, [*unknown, *settings])
     refuse_deleted_folder()
     from savant_ray.driver import resolve_paths
     from savant_ray.driver.data_statistics import data_statistics

@@ -417,6 +417,11 @@ class DataConfig(Section):
         return HeldOutConfig.model_construct({"path"}, path=self.validation)  # the path has been validated
 
     @property
+    def max_line_bytes(self) -> int:
+        """`max_line_mb` in bytes."""
+        return int(self.max_line_mb * (1 << 20))
+
+    @property
     def trains_tokenizer(self) -> bool:
         """Whether a tokenizer is trained on the training text unless there is a checkpoint with one."""
         return self.tokenizer in ("auto", "train")

@@ -9,21 +9,18 @@ with the question, so the questions are its heartbeats.
 from __future__ import annotations
 
 import asyncio
-import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayError
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from savant_ray.cluster.session import check_ray_actors, check_ray_processes
 from savant_ray.errors import TrainingError
 from savant_ray.events import Event, RunFailed, WorkersLost, WorkersStarted
 
-HEARTBEAT_SECONDS = 1.0
 RAY_CHECK_SECONDS = 0.5  # if the answer to a call is overdue by this, Ray's own processes are checked
 LAST_ANSWER_SECONDS = 1.0  # for the last events, after Ray has failed
 ANSWER_SECONDS = 60.0  # the bridge answers within milliseconds
@@ -240,38 +237,6 @@ def answer_of(call: Any, seconds: float = 0.0) -> Any:
                 "Run the same command again to resume from the last checkpoint."
             )
     return ray.get(call)
-
-
-class StopListener:
-    """Polls the bridge for a stop request in a daemon thread, so that a training step never waits for the answer.
-
-    Each poll is a heartbeat and sends what `progress` returns.
-    """
-
-    def __init__(self, bridge: BridgeHandle, progress: Callable[[], WorkerProgress]) -> None:
-        self._bridge, self._progress = bridge, progress
-        self._deadline: float | None = None  # by time.monotonic()
-        first = self._heartbeat()
-        threading.Thread(target=self._listen, args=(first,), name="stop-listener", daemon=True).start()
-
-    def grace_left(self) -> float | None:
-        """Return the seconds that are left for a requested stop, None if no stop is requested."""
-        return None if self._deadline is None else self._deadline - time.monotonic()
-
-    def _heartbeat(self) -> Any:
-        return self._bridge.wait_for_stop_request.remote(self._progress(), HEARTBEAT_SECONDS)
-
-    def _listen(self, heartbeat: Any) -> None:
-        while True:
-            try:
-                grace_seconds = ray.get(heartbeat)
-                if self._deadline is not None:  # the bridge answers immediately
-                    time.sleep(HEARTBEAT_SECONDS)
-                elif grace_seconds is not None:
-                    self._deadline = time.monotonic() + grace_seconds
-            except ActorUnavailableError:  # the connection to the driver's node has failed, and may be restored
-                time.sleep(HEARTBEAT_SECONDS)
-            heartbeat = self._heartbeat()
 
 
 async def _wait(event: asyncio.Event, seconds: float) -> bool:

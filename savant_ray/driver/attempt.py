@@ -31,7 +31,6 @@ from savant_ray.driver.starting_point import (
 )
 from savant_ray.driver.tokenizer_choice import WeightsCheckpoint, choose_tokenizer, find_weights_checkpoint
 from savant_ray.errors import STOPPED_EARLY, SavantError, explain, unexpected_errors_explained
-from savant_ray.original.conversion import convert_newest
 from savant_ray.reporting import RunReport, open_trackers
 from savant_ray.reporting.console import PlainConsole
 from savant_ray.storage.protocol import RunStorage, newest_checkpoint_name
@@ -151,13 +150,7 @@ def find_inputs(attempt: Attempt) -> Inputs | None:
     if storage.filesystem is not None:
         report.begin_stage(f"looking for checkpoints in {storage.location}")
     with storage_errors_explained(storage):
-        resume_checkpoint = find_start(
-            storage,
-            report.notify,
-            lambda newest: convert_newest(
-                storage, config, newest, report.notify, report.add_event, attempt.allow_changes
-            ),
-        )
+        resume_checkpoint = find_start(storage, config, report.notify, report.add_event, attempt.allow_changes)
         if resume_checkpoint is not None:
             refuse_own_checkpoint_as_start(config, storage, resume_checkpoint)
         elif config.run.continue_from is not None:

@@ -16,8 +16,8 @@ from savant_ray.data.shard_writer import check_encodable
 from savant_ray.data.source_files import find_files, path_list
 from savant_ray.data.sources import HUB_SCHEME, SourceFile, refuse_empty
 from savant_ray.data.tokenizer import Tokenizer
-from savant_ray.driver.tokenizer_choice import refuse_unencodable_prompts
 from savant_ray.errors import DataError, SettingsError
+from savant_ray.evaluation.logic_suite import logic_suite
 from savant_ray.locations import create_writable_folder, is_uri, parent_and_name
 from savant_ray.reporting import RunReport
 
@@ -115,14 +115,33 @@ def refuse_unencodable(config: Config, files: DataFiles, tokenizer: Tokenizer | 
         texts += files.validation_texts(template)
     for text in texts:
         check_encodable(text.files[0], tokenizer, text.rule)
-    refuse_unencodable_prompts(tokenizer, config)
+    _refuse_unencodable_prompts(config, tokenizer)
+
+
+def _refuse_unencodable_prompts(config: Config, tokenizer: Tokenizer) -> None:
+    """Raise SettingsError if the tokenizer cannot encode a prompt of the validation."""
+    prompts = {"validation.prompt": [config.validation.prompt]}
+    if config.validation.logic_problems:
+        prompts["validation.logic_problems"] = [question.prompt for question in logic_suite()]
+    for setting, texts in prompts.items():
+        try:
+            if all(tokenizer.encode_batch(texts)):
+                continue
+            reason = f"{tokenizer.name} has no token for it; set data.tokenizer to one that has"
+        except DataError as error:
+            reason = str(error)
+        advice = "give another prompt" if setting == "validation.prompt" else "set it to 0"
+        raise SettingsError(f"{setting}: {reason}; or {advice}")
 
 
 def short_name(paths: str | list[str] | None) -> str:
     """Return the last parts of the first paths, and the number of the others, for messages."""
-    listed = path_list(paths)
-    names = [parent_and_name(path)[1] if is_uri(path) else Path(path).name for path in listed[:SHOWN_FILES]]
-    return ", ".join(names) + f" and {len(listed) - SHOWN_FILES:,} more" * (len(listed) > SHOWN_FILES)
+    return _listed([parent_and_name(path)[1] if is_uri(path) else Path(path).name for path in path_list(paths)])
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return the first names, and the number of the others."""
+    return ", ".join(names[:SHOWN_FILES]) + f" and {len(names) - SHOWN_FILES:,} more" * (len(names) > SHOWN_FILES)
 
 
 def _is_missing_default(path: str | list[str] | None, name: str) -> bool:
@@ -170,9 +189,7 @@ def _without_validation(
     remaining = []
     for number, (source, files) in enumerate(sources):
         training, held_out = split_held_out(files, validation, cache_dir)
-        names = ", ".join(file.path for file in held_out[:SHOWN_FILES])
-        if len(held_out) > SHOWN_FILES:
-            names += f" and {len(held_out) - SHOWN_FILES:,} more"
+        names = _listed([file.path for file in held_out])
         if not training:
             notify(
                 f"warning: data.sources[{number}].path: contains only the validation text (data.validation): {names}; "

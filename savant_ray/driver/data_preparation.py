@@ -27,7 +27,6 @@ from savant_ray.errors import SettingsError, unexpected_errors_explained
 from savant_ray.events import DataPrepared, TextCounts
 from savant_ray.reporting import RunReport
 
-MIB = 1 << 20
 USED_TOKENIZER = "tokenizer-used-"  # prefix of the folder with the tokenizer of a run, in `data.cache_dir`
 
 
@@ -68,7 +67,7 @@ def prepare_data(config: Config, files: DataFiles, report: RunReport, tokenizer:
         report.begin_stage("training the tokenizer")
         training_texts = files.training_texts(chat_template=None)
         tokenizer = train_or_load_tokenizer(
-            training_texts, cache_dir, config.model.vocab_size, int(config.data.max_line_mb * MIB)
+            training_texts, cache_dir, config.model.vocab_size, config.data.max_line_bytes
         )
         refuse_too_large(tokenizer, config)
     tokenizer_path = _write_tokenizer(tokenizer, cache_dir)
@@ -136,7 +135,7 @@ def _tokenize(
         config.model.max_seq_len,
         config.data.cache_dir,
         on_bad_line=config.data.on_bad_line,
-        max_line_bytes=int(config.data.max_line_mb * MIB),
+        max_line_bytes=config.data.max_line_bytes,
         deduplicate_after=deduplicate_after,
         progress=lambda done, total: report.progress(done, total, "bytes"),
         log=report.notify,

@@ -16,8 +16,6 @@ from savant_ray.driver.tokenizer_choice import choose_tokenizer, find_weights_ch
 from savant_ray.errors import unexpected_errors_explained
 from savant_ray.reporting import RunReport
 
-MIB = 1 << 20
-
 
 def data_statistics(config: Config, full: bool) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Return the statistics of each source, and the plan of the run, as `print_text_statistics` takes them.
@@ -33,12 +31,11 @@ def data_statistics(config: Config, full: bool) -> tuple[list[dict[str, Any]], d
     with RunReport(None) as report, unexpected_errors_explained(activity=lambda: report.activity):
         tokenizer = choose_tokenizer(config, find_weights_checkpoint_without_lock(config), allow_changes=True)
         files = find_data_files(config, report, needs_validation=False)
-        max_line_bytes = int(config.data.max_line_mb * MIB)
         if tokenizer is None:
             report.begin_stage("training the tokenizer")
             texts = files.training_texts(chat_template=None)
             tokenizer = train_or_load_tokenizer(
-                texts, Path(config.data.cache_dir), config.model.vocab_size, max_line_bytes
+                texts, Path(config.data.cache_dir), config.model.vocab_size, config.data.max_line_bytes
             )
         seen: set[bytes] = set()
         sources = []
@@ -51,7 +48,7 @@ def data_statistics(config: Config, full: bool) -> tuple[list[dict[str, Any]], d
                 text,
                 tokenizer,
                 config.model.max_seq_len,
-                max_line_bytes,
+                config.data.max_line_bytes,
                 seen,
                 sample_bytes=None if full else SAMPLE_BYTES,
                 progress=lambda done, total: report.progress(done, total, "bytes"),

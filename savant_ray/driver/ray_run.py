@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -28,7 +28,7 @@ from savant_ray.driver.starting_point import records_of, refuse_other_data
 from savant_ray.driver.tokenizer_choice import tokenizer_change
 from savant_ray.driver.trainer import make_trainer, scaling, unusable_gpus, worker_resources
 from savant_ray.driver.worker_watch import WorkerWatch
-from savant_ray.errors import STOPPED_EARLY, CheckpointError, SavantError, TrainingError
+from savant_ray.errors import STOPPED_EARLY, CheckpointError, TrainingError
 from savant_ray.events import AttemptEnded, AttemptStarted, CheckpointSaved, Event, RunFailed
 from savant_ray.reporting.wording import generate_command
 
@@ -100,16 +100,13 @@ def run_under_ray(attempt: Attempt, inputs: Inputs) -> int:
         report.begin_stage("starting workers")
         trainer = make_trainer(config, attempt.storage, data, bridge, attempt.allow_changes, attempt.verbose)
         resources = worker_resources(trainer.scaling_config)  # type: ignore[arg-type]  # annotated with the class of Ray Train v1
-        watch = WorkerWatch(config.scaling.worker_limits[0], resources, report.notify)
         outcome.fit = threading.Thread(target=_call_fit, args=(trainer, outcome), name="fit", daemon=True)
         outcome.fit.start()
         attempt.phase.advance(Trigger.FIT_STARTED)
-        hang_watch = HangWatch(config.scaling.hang_seconds, report.add_event)
-        _follow(attempt, outcome, bridge, watch, hang_watch)
-        outcome.hang = hang_watch.reason
+        _follow(attempt, outcome, bridge, resources)
         if outcome.fit_is_running:  # Ray must not be shut down, as the end of this block would
-            raise ExitWithoutShutdown(_conclude(attempt, outcome, config.scaling.max_failures))
-    return _conclude(attempt, outcome, config.scaling.max_failures)
+            raise ExitWithoutShutdown(_conclude(attempt, outcome))
+    return _conclude(attempt, outcome)
 
 
 @contextmanager
@@ -130,51 +127,50 @@ def _call_fit(trainer: TorchTrainer, outcome: Outcome) -> None:
         outcome.error = error
 
 
-def _follow(
-    attempt: Attempt, outcome: Outcome, bridge: BridgeHandle, watch: WorkerWatch, hang_watch: HangWatch
-) -> None:
+def _follow(attempt: Attempt, outcome: Outcome, bridge: BridgeHandle, resources: Mapping[str, float]) -> None:
     """Report events and pass on a stop request until `fit()` has returned, or is overdue after the last save.
 
-    If Ray fails, workers may have trained and saved further steps; these are recorded, too.
+    `resources` are those that one worker occupies. If Ray fails, workers may have trained and saved further steps; these
+    are recorded, too.
 
     Raises:
         TrainingError: Ray itself has failed, or workers hang and are not started again.
+        KeyboardInterrupt: the workers were lost during a stop, so nothing can be saved.
     """
+    phase, report, settings = attempt.phase, attempt.report, attempt.config.scaling
+    watch = WorkerWatch(settings.worker_limits[0], resources, report.notify)
+    hang_watch = HangWatch(settings.hang_seconds, report.add_event)
+    fit_return_seconds = FIT_RETURN_SECONDS if owns_ray() else CLUSTER_FIT_RETURN_SECONDS
+    saved_time = math.inf  # when the workers had finished and the last step was saved, by time.monotonic()
     try:
-        _follow_until_end(attempt, outcome, bridge, watch, hang_watch)
+        while True:
+            finished = not outcome.fit_is_running  # read before the events, so that the last ones are not missed
+            events, heartbeats = next_events(bridge, 0 if finished else POLL_SECONDS)
+            for event in events:
+                outcome.observe(event)
+                phase.observe(event)
+                _report(hang_watch.observe(event), attempt)
+            outcome.hang = hang_watch.reason
+            if outcome.is_saved:
+                saved_time = min(saved_time, time.monotonic())
+            if finished or time.monotonic() > saved_time + fit_return_seconds:
+                return
+            check_ray_processes()
+            attempt.storage.refuse_if_lost()
+            watch.check(phase.current)
+            hang_watch.check(phase.current, heartbeats)
+            if phase.current is Phase.EXITING:
+                raise KeyboardInterrupt
+            if phase.current is Phase.STOP_REQUESTED:
+                answer_of(bridge.request_stop.remote(grace_seconds(attempt.config)))
+                phase.advance(Trigger.REQUEST_SENT)
+                report.notify(
+                    "stopping: this step is finished and saved first (press Ctrl+C again to exit without saving)"
+                )
     except TrainingError:
         for event in last_events(bridge):
             _report(event, attempt)
         raise
-
-
-def _follow_until_end(
-    attempt: Attempt, outcome: Outcome, bridge: BridgeHandle, watch: WorkerWatch, hang_watch: HangWatch
-) -> None:
-    phase, report = attempt.phase, attempt.report
-    fit_return_seconds = FIT_RETURN_SECONDS if owns_ray() else CLUSTER_FIT_RETURN_SECONDS
-    saved_time = math.inf  # when the workers had finished and the last step was saved, by time.monotonic()
-    while True:
-        finished = not outcome.fit_is_running  # read before the events, so that the last ones are not missed
-        events, heartbeats = next_events(bridge, 0 if finished else POLL_SECONDS)
-        for event in events:
-            outcome.observe(event)
-            phase.observe(event)
-            _report(hang_watch.observe(event), attempt)
-        if outcome.is_saved:
-            saved_time = min(saved_time, time.monotonic())
-        if finished or time.monotonic() > saved_time + fit_return_seconds:
-            return
-        check_ray_processes()
-        attempt.storage.refuse_if_lost()
-        watch.check(phase.current)
-        hang_watch.check(phase.current, heartbeats)
-        if phase.current is Phase.EXITING:  # the workers were lost during a stop, so nothing can be saved
-            raise KeyboardInterrupt
-        if phase.current is Phase.STOP_REQUESTED:
-            answer_of(bridge.request_stop.remote(grace_seconds(attempt.config)))
-            phase.advance(Trigger.REQUEST_SENT)
-            report.notify("stopping: this step is finished and saved first (press Ctrl+C again to exit without saving)")
 
 
 def _report(event: Event, attempt: Attempt) -> None:
@@ -185,7 +181,7 @@ def _report(event: Event, attempt: Attempt) -> None:
         attempt.uploader.upload()
 
 
-def _conclude(attempt: Attempt, outcome: Outcome, max_failures: int) -> int:
+def _conclude(attempt: Attempt, outcome: Outcome) -> int:
     """Report how training ended, and return the exit code.
 
     Raises:
@@ -193,7 +189,10 @@ def _conclude(attempt: Attempt, outcome: Outcome, max_failures: int) -> int:
     """
     newest, end = attempt.newest_checkpoint(), outcome.end
     if outcome.failure is not None or outcome.error is not None:
-        raise _failure(attempt, outcome, newest, max_failures) from outcome.error
+        if outcome.failure is None:
+            attempt.report.log(str(outcome.error))
+        max_failures = attempt.config.scaling.max_failures
+        raise explain_failure(outcome.error, outcome.failure, newest, max_failures, outcome.hang) from outcome.error
     if end is None:
         raise TrainingError("training ended, but its workers reported no result; run the same command again to resume")
     if not outcome.is_saved:
@@ -206,9 +205,3 @@ def _conclude(attempt: Attempt, outcome: Outcome, max_failures: int) -> int:
         return STOPPED_EARLY
     attempt.report.notify(f"trained; next: {generate_command(attempt.storage.location)}")
     return 0
-
-
-def _failure(attempt: Attempt, outcome: Outcome, newest: str, max_failures: int) -> SavantError:
-    if outcome.failure is None:
-        attempt.report.log(str(outcome.error))
-    return explain_failure(outcome.error, outcome.failure, newest, max_failures, outcome.hang)

@@ -18,6 +18,7 @@ from typing import Any
 from savant_ray.config import Config, TrainingConfig
 from savant_ray.errors import CheckpointError, SettingsError
 from savant_ray.events import CheckpointSaved, Event
+from savant_ray.original.conversion import convert_newest
 from savant_ray.reporting.record import read_records, saved_a_checkpoint
 from savant_ray.storage.protocol import RunStorage, newest_intact_checkpoint
 from savant_ray.storage.ray_snapshot import rebuild_snapshot
@@ -35,7 +36,6 @@ from savant_ray.training.checkpoint import (
     read_settings,
     step_of,
     verify,
-    write_checkpoint,
 )
 
 UNREPORTED_CHANGES = ("run.", "data.", "reporting.")  # sections whose changes between attempts are not printed
@@ -48,28 +48,32 @@ ADVICE_TO_CONTINUE = "--allow-changes continues anyway and keeps what fits."
 
 def find_start(
     storage: RunStorage,
+    config: Config,
     notify: Callable[[str], None],
-    convert: Callable[[Path | None], Path | None] = lambda newest: None,
+    emit: Callable[[Event], None],
+    allow_changes: bool,
 ) -> Path | None:
     """Return the local folder of the newest complete checkpoint, downloaded if necessary; None if the run has none.
 
-    Sets damaged checkpoints aside, which `notify` prints, and rewrites Ray's list of checkpoints. `convert` is called with
-    the newest complete checkpoint and may return a newer one that it converts from a file of the original script.
+    Sets damaged checkpoints aside, which `notify` prints, converts a newer file of the original script into a checkpoint,
+    and rewrites Ray's list of checkpoints.
 
     Raises:
         CheckpointError: the run had checkpoints, and none of them is complete.
+        CheckpointError, DataError, SettingsError: as `convert_newest`.
+        SavantError: another process owns the run.
         OSError: the storage cannot be read or written.
     """
     storage.remove_unfinished()
-    resume_checkpoint = newest_intact_checkpoint(storage, notify)
-    resume_checkpoint = convert(resume_checkpoint) or resume_checkpoint
-    if resume_checkpoint is None and (storage.has_damaged() or saved_a_checkpoint(storage.folder)):
+    newest = newest_intact_checkpoint(storage, notify)
+    newest = convert_newest(storage, config, newest, notify, emit, allow_changes) or newest
+    if newest is None and (storage.has_damaged() or saved_a_checkpoint(storage.folder)):
         raise CheckpointError(
             f"{storage.location} holds a run, but no complete checkpoint of it. Restore one, or start a new run with "
             "--fresh, which moves this one aside and deletes nothing."
         )
     rebuild_snapshot(storage)
-    return resume_checkpoint
+    return newest
 
 
 @contextmanager
@@ -114,9 +118,7 @@ def copy_start(
         content = read_checkpoint(folder)
         names = [name for name in TEXT_FILES if name in read_manifest(folder)["files"]]
         texts = {name: (folder / name).read_text(encoding="utf-8") for name in names}
-    storage.check_owner()
-    copy = write_checkpoint(storage.folder, content, {**texts, RECORDS: ""}, storage.check_owner)
-    storage.commit(copy)
+    copy = storage.save(content, {**texts, RECORDS: ""})
     rebuild_snapshot(storage)
     emit(
         CheckpointSaved(

@@ -13,7 +13,6 @@ from typing import NamedTuple
 from savant_ray.config import Config, DataConfig
 from savant_ray.data.tokenizer import END_OF_DOCUMENT, Tokenizer
 from savant_ray.errors import CheckpointError, DataError, SettingsError
-from savant_ray.evaluation.logic_suite import logic_suite
 from savant_ray.locations import is_uri
 from savant_ray.storage.protocol import newest_checkpoint_name
 from savant_ray.storage.run_storage import fetched, initial_checkpoint, run_storage
@@ -155,22 +154,6 @@ def refuse_too_large(tokenizer: Tokenizer, config: Config) -> None:
         )
 
 
-def refuse_unencodable_prompts(tokenizer: Tokenizer, config: Config) -> None:
-    """Raise SettingsError if the tokenizer cannot encode a prompt of the validation."""
-    prompts = {"validation.prompt": [config.validation.prompt]}
-    if config.validation.logic_problems:
-        prompts["validation.logic_problems"] = [question.prompt for question in logic_suite()]
-    for setting, texts in prompts.items():
-        try:
-            if all(tokenizer.encode_batch(texts)):
-                continue
-            reason = f"{tokenizer.name} has no token for it; set data.tokenizer to one that has"
-        except DataError as error:
-            reason = str(error)
-        advice = "give another prompt" if setting == "validation.prompt" else "set it to 0"
-        raise SettingsError(f"{setting}: {reason}; or {advice}")
-
-
 def _load(config: Config, checkpoint: WeightsCheckpoint | None) -> Tokenizer:
     """Return the tokenizer that the settings name; if it is gone, the copy in the checkpoint that was trained with it."""
     data = config.data
@@ -197,13 +180,8 @@ def _may_replace(tokenizer: Tokenizer, checkpoint: WeightsCheckpoint) -> bool:
     return (
         not checkpoint.is_resumed
         and n_same == n_ids
-        and _document_affixes(tokenizer) == _document_affixes(checkpoint.tokenizer)
+        and (tokenizer.prefix, tokenizer.suffix) == (checkpoint.tokenizer.prefix, checkpoint.tokenizer.suffix)
     )
-
-
-def _document_affixes(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the ids of the special tokens before and after the text of a document."""
-    return tokenizer.prefix, tokenizer.suffix
 
 
 def _difference(checkpoint: WeightsCheckpoint, tokenizer: Tokenizer) -> Difference:

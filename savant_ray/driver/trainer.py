@@ -48,7 +48,7 @@ def make_trainer(
     )
     return TorchTrainer(
         train_worker,
-        train_loop_config={name: getattr(task, name) for name in task.__dataclass_fields__},
+        train_loop_config=vars(task),
         torch_config=TorchConfig(timeout_s=round(collective_timeout(config.scaling.hang_seconds))),
         scaling_config=scaling(config),
         run_config=StoredRunConfig(

@@ -44,7 +44,6 @@ from savant_ray.training.checkpoint import (
     read_left_out,
     step_folders,
     step_of,
-    tokenizer_file,
     tokenizer_files,
 )
 from savant_ray.training.checkpoint import verify as verify_files
@@ -207,7 +206,7 @@ def verify_run(run: str, first: int | None, last: int | None, verbose: bool) -> 
     with RunReport(None) as report:
         for note in recorded.notes(steps, first):
             report.notify(note)
-        data_of = _DataOfAttempts(tokenizer_of(recorded), report, verbose)
+        data_of = _DataOfAttempts(recorded, report, verbose)
         for attempt in recorded.attempts_of(steps):
             refuse_other_text(attempt, data_of(settings_of(attempt)))
         start = f"step_{steps[0] - 1}" if steps[0] > 1 else "the initial weights"
@@ -276,23 +275,18 @@ def device_of(attempt: Line) -> torch.device:
     return torch.device("cpu") if attempt["device"] == "cpu" else torch.device("cuda", 0)
 
 
-def tokenizer_of(run: RecordedRun) -> Callable[[Config], Tokenizer]:
-    """Return a function that loads the tokenizer of the run with the given settings.
+class _DataOfAttempts:
+    """Finds the training data of each attempt; attempts whose data, sequence length, seed and batch are equal share it.
 
     Raises:
         CheckpointError: the run's newest checkpoint has no tokenizer, or one that was altered.
     """
-    folder = find_checkpoint(run.folder)
-    file = tokenizer_file(folder)
-    verify_files(folder, *(path.name for path in tokenizer_files(folder)))
-    return lambda config: Tokenizer.load(file, config.data.end_of_document, config.data.add_special_tokens)
 
-
-class _DataOfAttempts:
-    """Finds the training data of each attempt; attempts whose data, sequence length, seed and batch are equal share it."""
-
-    def __init__(self, tokenizer: Callable[[Config], Tokenizer], report: RunReport, verbose: bool) -> None:
-        self._tokenizer, self._report, self._verbose = tokenizer, report, verbose
+    def __init__(self, run: RecordedRun, report: RunReport, verbose: bool) -> None:
+        folder = find_checkpoint(run.folder)
+        files = tokenizer_files(folder)
+        verify_files(folder, *(file.name for file in files))
+        self._tokenizer_file, self._report, self._verbose = files[0], report, verbose
         self._found: dict[str, TrainingData] = {}
 
     def __call__(self, config: Config) -> TrainingData:
@@ -309,7 +303,7 @@ class _DataOfAttempts:
             DataError: the text is missing or cannot be read.
             SettingsError: the tokenizer has more tokens than the model, or the cache folder cannot be created.
         """
-        tokenizer = self._tokenizer(config)
+        tokenizer = Tokenizer.load(self._tokenizer_file, config.data.end_of_document, config.data.add_special_tokens)
         refuse_too_large(tokenizer, config)
         try:
             with RunReport(None, console=PlainConsole(None)) as silent_report:

@@ -42,7 +42,6 @@ from savant_ray.training.checkpoint import (
 class RunFolder(Protocol):
     """The part of `storage.protocol.RunStorage` that the conversion needs; `original` must not import `storage`."""
 
-    folder: Path
     location: str
 
     def file_names(self) -> list[str]:
@@ -54,11 +53,8 @@ class RunFolder(Protocol):
     def locate(self, name: str) -> str:
         """Return the path or URI of a checkpoint, for messages."""
 
-    def check_owner(self) -> None:
-        """Raise SavantError if another process owns the run."""
-
-    def commit(self, folder: Path) -> str:
-        """Store a checkpoint that was written into `folder`."""
+    def save(self, content: dict[str, Any], texts: Mapping[str, str]) -> Path:
+        """Write a checkpoint and store it, unless another process owns the run; return its local folder."""
 
 
 def convert_newest(
@@ -100,9 +96,7 @@ def convert_newest(
         _refuse_other_settings(path, settings)
     names = list(parameter_shapes(settings.config.model))
     checkpoint = to_checkpoint(content, names, config.training.effective_batch)
-    storage.check_owner()
-    folder = write_checkpoint(storage.folder, checkpoint, _texts(settings.config, allow_changes), storage.check_owner)
-    storage.commit(folder)
+    folder = storage.save(checkpoint, _texts(settings.config, allow_changes))
     for difference in _hyperparameter_differences(path, content, checkpoint, settings.config.training):
         log(f"note: {difference}")
     emit(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from savant_ray.errors import SettingsError
 from savant_ray.settings.files import shipped_files
-from savant_ray.settings.yaml_text import to_yaml
+from savant_ray.settings.yaml_text import in_one_line
 
 STARTER = "own_data"
 _NAME, _PATH, _TEXT_BLOCKS = "name: checkpoints_own_data", "- path: text/*.jsonl", "# text_blocks: true"
@@ -21,9 +21,9 @@ def starter_text(run: str, texts: Sequence[str], text_blocks: bool = False) -> s
         texts: paths of the text; if empty, the path of the example is kept.
         text_blocks: whether blocks of lines are documents.
     """
-    content = shipped_files()[STARTER].read_text(encoding="utf-8").replace(_NAME, f"name: {_in_one_line(run)}", 1)
+    content = shipped_files()[STARTER].read_text(encoding="utf-8").replace(_NAME, f"name: {in_one_line(run)}", 1)
     if texts:
-        content = content.replace(_PATH, f"- path: {_in_one_line(texts[0] if len(texts) == 1 else list(texts))}", 1)
+        content = content.replace(_PATH, f"- path: {in_one_line(texts[0] if len(texts) == 1 else list(texts))}", 1)
     return content.replace(_TEXT_BLOCKS, _TEXT_BLOCKS.removeprefix("# "), 1) if text_blocks else content
 
 
@@ -40,9 +40,3 @@ def write_new(path: Path, content: str) -> None:
         raise SettingsError(f"{path} exists already; choose another name with --output") from None
     except OSError as error:
         raise SettingsError(f"{path} cannot be written: {error.strerror}") from error
-
-
-def _in_one_line(value: str | list[str]) -> str:
-    """Return a value as YAML for one line of a file."""
-    text = to_yaml(value, default_flow_style=True, width=1 << 20)
-    return text.strip().removesuffix("...").strip()

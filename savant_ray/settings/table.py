@@ -35,11 +35,10 @@ def list_settings(sections: BaseModel) -> list[Setting]:
     """Return all settings of a model whose fields are sections, in the order of declaration."""
     settings: list[Setting] = []
     for section, defaults in sections:
+        values = defaults.model_dump()
         for name, field in type(defaults).model_fields.items():
-            default = defaults.model_dump()[name]
-            settings.append(
-                Setting(f"{section}.{name}", default, field.description or "", _plain_types(field.annotation))
-            )
+            types = _plain_types(field.annotation)
+            settings.append(Setting(f"{section}.{name}", values[name], field.description or "", types))
     return settings
 
 

@@ -58,14 +58,19 @@ def to_yaml(content: Any, **layout: Any) -> str:
     return text
 
 
+def in_one_line(value: Any) -> str:
+    """Return a value as it is written in YAML, in one line."""
+    style = '"' if isinstance(value, str) and "\n" in value else None
+    text = to_yaml(value, default_flow_style=True, default_style=style, width=1 << 20)
+    return text.strip().removesuffix("...").strip()
+
+
 def show(value: Any) -> str:
     """Return a value as it is written in YAML, truncated to 60 characters, for messages."""
     try:
-        has_newline = isinstance(value, str) and "\n" in value
-        text = to_yaml(value, default_flow_style=True, default_style='"' if has_newline else None, width=1 << 20)
+        text = in_one_line(value)
     except yaml.YAMLError:
         text = repr(value)
-    text = text.strip().removesuffix("...").strip()
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 

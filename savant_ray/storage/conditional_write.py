@@ -52,12 +52,6 @@ class SharedObject(Protocol):
             ConditionsNotSupportedError: the storage does not support conditions.
         """
 
-    def is_conditional(self, content: bytes) -> bool:
-        """Test whether the storage enforces conditions; `content` is the current content of the object.
-
-        Storage that ignores conditions overwrites the object with `content`, which leaves it unchanged.
-        """
-
 
 class ConditionalObject:
     """An object in a storage for which `obstore` has conditional writes."""
@@ -90,7 +84,11 @@ class ConditionalObject:
             raise kind(_first_line(error)) from error
 
     def is_conditional(self, content: bytes) -> bool:
-        """Attempt two writes whose conditions do not hold; a server may ignore the headers and accept them."""
+        """Test whether the storage enforces conditions; `content` is the current content of the object.
+
+        Attempts two writes whose conditions do not hold. A server that ignores the headers accepts them, and overwrites the
+        object with `content`, which leaves it unchanged.
+        """
         for version in (None, NO_SUCH_VERSION):
             try:
                 self.write(content, version)  # type: ignore[arg-type]  # a plain dict
@@ -130,11 +128,6 @@ class PlainObject:
         with self._filesystem.open_output_stream(self._path) as file:
             file.write(content)
         return version
-
-    def is_conditional(self, content: bytes) -> bool:
-        """Return False: conditions are not supported."""
-        del content
-        return False
 
 
 def conditional_object(filesystem: pafs.FileSystem, path: str) -> ConditionalObject | None:

@@ -206,6 +206,8 @@ class Lease:
 
     def _conditions_work(self) -> bool:
         """Return whether the storage enforces conditions, and the claim is also read by pyarrow, which the workers use."""
+        if not isinstance(self._object, ConditionalObject):
+            return False
         claim = _parse(PlainObject(self._filesystem, self._path).read()[0])
         return claim.get("token") == self._claim["token"] and self._object.is_conditional(self._encoded())
 

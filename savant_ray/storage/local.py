@@ -9,7 +9,7 @@ from pathlib import Path
 
 from savant_ray.errors import SavantError
 from savant_ray.storage.lease import Owner
-from savant_ray.storage.lock import locked, move_run_aside, owner_token, set_aside
+from savant_ray.storage.lock import OLD, locked, owner_token, set_aside
 from savant_ray.storage.protocol import RunStorage
 from savant_ray.training.checkpoint import checkpoints, delete_folder, remove_unfinished, step_folders
 
@@ -49,8 +49,8 @@ class LocalStorage(RunStorage):
     def has_damaged(self) -> bool:
         return any(self.folder.glob(f"step_*{DAMAGED}*"))
 
-    def commit(self, folder: Path) -> str:
-        return str(folder)
+    def commit(self, folder: Path) -> None:
+        """Do nothing: the checkpoint is in the run folder."""
 
     def delete(self, name: str) -> None:
         self.check_owner()
@@ -73,8 +73,10 @@ class LocalStorage(RunStorage):
         (self.folder / name).unlink(missing_ok=True)
 
     def move_aside(self) -> str | None:
-        moved = move_run_aside(self.folder)
-        return None if moved is None else str(moved)
+        if not self.folder.exists():
+            return None
+        with self.in_use():
+            return str(set_aside(self.folder, OLD))
 
     @contextmanager
     def in_use(self, log: Callable[[str], None] = print) -> Iterator[None]:

@@ -24,18 +24,6 @@ OLD = ".old"  # suffix of a run folder that was moved aside
 RETRY_SECONDS = 0.5  # locking is retried for this time, because `is_in_use` of other processes locks the file briefly
 
 
-def move_run_aside(run_folder: Path) -> Path | None:
-    """Rename a run folder to the first free of `<name>.old`, `<name>.old-2`, …; return None if there is no folder.
-
-    Raises:
-        SavantError: another process trains this run.
-    """
-    if not run_folder.exists():
-        return None
-    with locked(run_folder):
-        return set_aside(run_folder, OLD)
-
-
 def set_aside(path: Path, suffix: str) -> Path:
     """Append `suffix` to the name of a file or folder, and a number if that name is taken; return the new path."""
     return path.rename(free_name(f"{path}{suffix}", os.path.exists))

@@ -135,7 +135,7 @@ class ObjectStorage(RunStorage):
     def has_damaged(self) -> bool:
         return any(path.startswith("step_") and DAMAGED in path for path in self._list())
 
-    def commit(self, folder: Path) -> str:
+    def commit(self, folder: Path) -> None:
         try:
             self._upload_checkpoint(folder)
         except (OSError, SavantError) as error:
@@ -146,7 +146,6 @@ class ObjectStorage(RunStorage):
                 f"{str(error).rstrip('.')}. The checkpoint is complete in {unsent} on this node"
             ) from error
         self._delete_other_mirrored(folder)
-        return f"{self.path}/{folder.name}"
 
     def delete(self, name: str) -> None:
         self.check_owner()

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pyarrow.fs as pafs
 
 from savant_ray.errors import CheckpointError
 from savant_ray.storage.lease import Owner
-from savant_ray.training.checkpoint import newest_of, verify
+from savant_ray.training.checkpoint import newest_of, verify, write_checkpoint
 
 
 class RunStorage(Protocol):
@@ -60,8 +60,20 @@ class RunStorage(Protocol):
     def has_damaged(self) -> bool:
         """Return whether the run contains checkpoints that `set_aside` has renamed."""
 
-    def commit(self, folder: Path) -> str:
-        """Store a checkpoint that was written into `folder`, a subfolder of `self.folder`; return its path for Ray."""
+    def save(self, content: dict[str, Any], texts: Mapping[str, str]) -> Path:
+        """Write a checkpoint, as `write_checkpoint` does, and store it; return its local folder.
+
+        Raises:
+            SavantError: another process owns the run.
+            OSError: the storage failed.
+        """
+        self.check_owner()
+        folder = write_checkpoint(self.folder, content, texts, self.check_owner)
+        self.commit(folder)
+        return folder
+
+    def commit(self, folder: Path) -> None:
+        """Store a checkpoint that was written into `folder`, a subfolder of `self.folder`."""
 
     def delete(self, name: str) -> None:
         """Delete a checkpoint.
@@ -95,7 +107,7 @@ class RunStorage(Protocol):
     def check_owner(self) -> None:
         """Read who owns the run.
 
-        Workers call this before they write; `delete` and uploads of checkpoints and records include it.
+        Workers call this before they write; `save`, `delete` and uploads of checkpoints and records include it.
 
         Raises:
             SavantError: another process owns the run.

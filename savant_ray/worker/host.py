@@ -7,6 +7,7 @@ import functools
 import itertools
 import os
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -17,8 +18,9 @@ from typing import Any
 import psutil
 import ray
 import ray.train
+from ray.exceptions import ActorUnavailableError
 
-from savant_ray.cluster.bridge import StopListener, WorkerProgress
+from savant_ray.cluster.bridge import WorkerProgress
 from savant_ray.cluster.stuck_process import allow_stack_dumps
 from savant_ray.config import Config, dump_yaml
 from savant_ray.data.stream import StepStream
@@ -48,11 +50,15 @@ from savant_ray.worker.metrics import RunMetrics
 from savant_ray.worker.resume import load_newest_checkpoint
 from savant_ray.worker.saving import Saver
 
+HEARTBEAT_SECONDS = 1.0
+
 
 class DriverConnection:
     """Sends this worker's events and heartbeats to the driver, and receives stop requests.
 
-    A worker creates it before it does anything else, so that the driver notices every later hang.
+    A daemon thread asks the bridge for a stop request, so that a training step never waits for the answer. Each question is
+    a heartbeat, with the progress of this process. A worker creates the connection before it does anything else, so that the
+    driver notices every later hang.
     """
 
     def __init__(self, bridge: Any, config: Config) -> None:
@@ -64,8 +70,11 @@ class DriverConnection:
         self._sender, self._numbers = uuid.uuid4().hex, itertools.count()
         self.metrics = RunMetrics(config.run.name, self.rank)
         allow_stack_dumps()
-        self._listener = StopListener(bridge, _progress_of(self.rank, self.world_size))
+        self._progress = _progress_of(self.rank, self.world_size)
+        self._deadline: float | None = None  # of a requested stop, by time.monotonic()
         self._drain_reported = False
+        first = self._heartbeat()
+        threading.Thread(target=self._listen, args=(first,), name="stop-listener", daemon=True).start()
 
     def emit(self, event: Event, wait: bool = False) -> None:
         """Send an event to the driver; with `wait`, return after it and all earlier ones have arrived."""
@@ -80,10 +89,27 @@ class DriverConnection:
 
         A stop is requested by the driver, or by draining a node of the run.
         """
-        left = self._listener.grace_left()
-        if left is None and (left := _drain_grace_left(self._grace_seconds)) is not None:
+        if self._deadline is not None:
+            return self._deadline - time.monotonic()
+        left = _drain_grace_left(self._grace_seconds)
+        if left is not None:
             self._report_drain()
         return left
+
+    def _heartbeat(self) -> Any:
+        return self._bridge.wait_for_stop_request.remote(self._progress(), HEARTBEAT_SECONDS)
+
+    def _listen(self, heartbeat: Any) -> None:
+        while True:
+            try:
+                grace_seconds = ray.get(heartbeat)
+                if self._deadline is not None:  # the bridge answers immediately
+                    time.sleep(HEARTBEAT_SECONDS)
+                elif grace_seconds is not None:
+                    self._deadline = time.monotonic() + grace_seconds
+            except ActorUnavailableError:  # the connection to the driver's node has failed, and may be restored
+                time.sleep(HEARTBEAT_SECONDS)
+            heartbeat = self._heartbeat()
 
     def drop_lines_after(self, step: int) -> None:
         """Remove the lines of later steps, which are repeated, from those of the next checkpoint."""
@@ -138,7 +164,8 @@ class RayHost:
         self._allow_changes = allow_changes
         PROGRESS.begin("reading the validation text", STORAGE)
         files = {CONFIG: dump_yaml(config), **tokenizer.files()}
-        self._saver = Saver(storage, files, connection.lines, functools.partial(self.emit, wait=True))
+        emit_and_wait = functools.partial(connection.emit, wait=True)
+        self._saver = Saver(storage, files, connection.lines, emit_and_wait, saved_step=state.step)
         self._host_copy = HostCopy()  # used on rank 0
         if self.rank == 0:
             self._host_copy.allocate(state)
@@ -154,9 +181,9 @@ class RayHost:
         if self.rank == 0 and not validation_is_due(state.step, config):
             self._validator.remember_weights(state)
 
-    def emit(self, event: Event, wait: bool = False) -> None:
-        """Send an event to the driver; with `wait`, return after it and all earlier ones have arrived."""
-        self._connection.emit(self._with_documents(event), wait)
+    def emit(self, event: Event) -> None:
+        """Send an event to the driver, with the documents of the sequences that it is about."""
+        self._connection.emit(self._with_documents(event))
 
     def observe_rank(self, data_wait_seconds: float, memory_gb: float) -> None:
         """Set Ray's metrics of this rank: its wait for data and its memory."""
@@ -238,7 +265,7 @@ class RayHost:
 
     @property
     def saved_step(self) -> int:
-        """Return the step of the newest checkpoint of this process, 0 without one."""
+        """Return the step of the newest checkpoint, 0 without one."""
         return self._saver.saved_step
 
     def validate(self, state: TrainingState) -> bool:

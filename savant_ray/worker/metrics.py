@@ -14,7 +14,6 @@ import time
 import unicodedata
 from contextlib import suppress
 from dataclasses import dataclass
-from operator import attrgetter
 
 from ray.util.metrics import Counter, Gauge
 
@@ -53,7 +52,7 @@ class Metric:
 
     def value(self, event: Event) -> float | None:
         """Return its value in the event, or None if that is unknown."""
-        return attrgetter(self.field)(event) if self.field else 1
+        return getattr(event, self.field) if self.field else 1
 
 
 METRICS = (

@@ -20,7 +20,7 @@ from savant_ray.errors import error_context
 from savant_ray.events import CheckpointFailed, CheckpointSaved, Event
 from savant_ray.storage.protocol import RunStorage
 from savant_ray.storage.tolerant_file_system import tolerant_file_system
-from savant_ray.training.checkpoint import RECORDS, write_checkpoint
+from savant_ray.training.checkpoint import RECORDS
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class Saver:
     """Saves checkpoints; every worker has one.
 
     `files` are the contents of further files by name. `lines` are the lines of the record since the newest checkpoint; a
-    save removes them. `emit` sends an event and waits until it has arrived.
+    save removes them. `emit` sends an event and waits until it has arrived. `saved_step` is the step of the newest
+    checkpoint, 0 without one.
     """
 
     def __init__(
@@ -49,8 +50,9 @@ class Saver:
         files: Mapping[str, str],
         lines: list[dict[str, Any]],
         emit: Callable[[Event], None],
+        saved_step: int = 0,
     ) -> None:
-        self.saved_step = 0  # of the newest checkpoint, 0 without one
+        self.saved_step = saved_step
         self.seconds = 0.0  # duration of the newest save
         self._storage, self._files, self._lines, self._emit = storage, files, lines, emit
         self._storage_failed = False  # in the newest save; set only on rank 0, which writes
@@ -100,53 +102,50 @@ class Saver:
         return self.seconds * (2 if is_writing else 1)
 
     def _run(self, pending: PendingCheckpoint) -> None:
-        path = None
+        is_stored = False
         try:
             try:
                 with error_context(f"saving step_{pending.step}"):
-                    path = self._write(pending)
+                    is_stored = self._store(pending)
             finally:  # the other ranks wait in their report
-                self._report(pending, path)
+                self._report(pending, is_stored)
         except BaseException as error:
             self._error = error
 
-    def _write(self, pending: PendingCheckpoint) -> str | None:
-        """Write the checkpoint and return its path in the storage; None on other ranks or if the storage failed."""
+    def _store(self, pending: PendingCheckpoint) -> bool:
+        """Write and store the checkpoint; return False on other ranks, or if the storage failed."""
         if pending.content is None:
-            return None
+            return False
         records = "".join(json.dumps(line) + "\n" for line in self._lines[: pending.n_lines])
-        files = {**self._files, RECORDS: records}
         try:
-            self._storage.check_owner()
-            folder = write_checkpoint(self._storage.folder, pending.content, files, self._storage.check_owner)
-            return self._storage.commit(folder)
+            self._storage.save(pending.content, {**self._files, RECORDS: records})
         except OSError as error:
             self._storage_failed = True
             self._emit(CheckpointFailed(step=pending.step, text=str(error)))
-            return None
+            return False
+        return True
 
-    def _report(self, pending: PendingCheckpoint, path: str | None) -> None:
+    def _report(self, pending: PendingCheckpoint, is_stored: bool) -> None:
         """Report the checkpoint to Ray Train, which keeps the newest `checkpoint.keep` ones, and to the driver.
 
         It is already in the folder to which Ray Train would copy it, hence NO_UPLOAD.
         """
-        name = f"step_{pending.step}"
+        name, storage = f"step_{pending.step}", self._storage
+        file_system = tolerant_file_system(storage.filesystem, storage)
         ray.train.report(
             {**pending.figures, "step": pending.step},
-            checkpoint=None
-            if path is None
-            else Checkpoint(path, tolerant_file_system(self._storage.filesystem, self._storage)),
+            checkpoint=Checkpoint(f"{storage.path}/{name}", file_system) if is_stored else None,
             checkpoint_dir_name=name,
             checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
         )
-        if path is None:
+        if not is_stored:
             return
         self.saved_step, self.seconds = pending.step, time.perf_counter() - pending.started
         del self._lines[: pending.n_lines]
         self._emit(
             CheckpointSaved(
                 step=pending.step,
-                path=self._storage.locate(name),
+                path=storage.locate(name),
                 reason=pending.reason,
                 seconds=self.seconds,
                 stall_seconds=pending.stall_seconds,

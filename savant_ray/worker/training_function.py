@@ -111,7 +111,6 @@ def _train(
         keep_compiled_code(Path(config.data.cache_dir))
     notes.append(compile_block(state.model, settings.compile, device, precision))
     resumed, threads = load_newest(state, config, storage, task.allow_changes)
-    resumed_step = state.step
     if device.type == "cpu":
         checkpoint_threads = threads if state.settings.deterministic else None
         notes.append(set_threads(config.scaling.threads_per_worker, checkpoint_threads))
@@ -134,9 +133,8 @@ def _train(
     except SavantError:
         host.finish_saving()
         raise
-    if host.rank == 0:
-        saved_step = max(host.saved_step, resumed_step)
-        host.emit(AttemptEnded(step=state.step, finished=finished, saved_step=saved_step), wait=True)
+    if connection.rank == 0:
+        connection.emit(AttemptEnded(step=state.step, finished=finished, saved_step=host.saved_step), wait=True)
 
 
 def _idle_workers(config: Config, rows: int, n_workers: int) -> str | None:

@@ -28,18 +28,17 @@ from savant_ray.driver.checks import (
     refuse_inputs_in_the_run,
 )
 from savant_ray.driver.data_files import find_data_files
-from savant_ray.driver.starting_point import find_start
 from savant_ray.errors import CheckpointError, DataError, SavantError, SettingsError
 from savant_ray.locations import join_uri, parent_and_name, replace_missing_home
 from savant_ray.reporting import RunReport
 from savant_ray.reporting.wording import byte_size, own_command
 from savant_ray.storage.local import LocalStorage
-from savant_ray.storage.lock import LOCK, is_in_use, locked, move_run_aside
+from savant_ray.storage.lock import LOCK, is_in_use, locked
 from savant_ray.storage.paths import with_absolute_paths
 from savant_ray.storage.run_storage import run_storage
 from tests.cluster.conftest import environment, with_text
 from tests.cluster.conftest import options as tiny_options
-from tests.cluster.test_starting_point import write
+from tests.cluster.test_starting_point import start_of, write
 
 ROOT = Path(__file__).parents[2]
 IN_A_JOB = {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}
@@ -354,10 +353,10 @@ def test_a_run_is_locked_under_every_path_to_it(tmp_path: Path) -> None:
         with pytest.raises(SavantError, match=f"in use by process {os.getpid()}"), locked(other / "run"):
             pass
     write(other / "run", 1, 2)
-    assert find_start(LocalStorage(other / "run"), pytest.fail) == other / "run/step_2"
-    assert find_start(LocalStorage(there), pytest.fail) == there / "step_2"
-    moved = move_run_aside(other / "run")
-    assert moved == other / "run.old" and (there.parent / "run.old/step_2").is_dir()
+    assert start_of(LocalStorage(other / "run"), pytest.fail) == other / "run/step_2"
+    assert start_of(LocalStorage(there), pytest.fail) == there / "step_2"
+    moved = LocalStorage(other / "run").move_aside()
+    assert moved == str(other / "run.old") and (there.parent / "run.old/step_2").is_dir()
 
 
 LEAVING = """

@@ -19,6 +19,7 @@ from ray.train import WorkerGroupError
 from savant_ray.cluster import bridge, session
 from savant_ray.cluster.bridge import EventReorderer, HeartbeatTable, LatestHeartbeat, WorkerProgress
 from savant_ray.cluster.stuck_process import KilledProcess, kill_local_process, training_thread
+from savant_ray.config import Config
 from savant_ray.driver.failures import explain_failure
 from savant_ray.driver.hang_watch import HangWatch, collective_timeout
 from savant_ray.driver.phases import AttemptPhase, Phase, Trigger
@@ -26,8 +27,10 @@ from savant_ray.driver.worker_watch import SECONDS_UNTIL_REPORT, WorkerWatch
 from savant_ray.errors import TrainingError
 from savant_ray.events import Event, Notice, WorkerHung, WorkersLost, WorkersStarted
 from savant_ray.training.progress import SLOW, STORAGE, Progress
+from savant_ray.worker import host
 from tests.cluster.conftest import wait_for
 from tests.reporting.events import step_done
+from tests.worker.without_ray import fakes_of_ray
 
 STACK = """Process 7: ray::RayTrainWorker
 Python v3.11
@@ -434,24 +437,25 @@ def test_events_after_a_lost_one_are_delivered_as_well(monkeypatch: pytest.Monke
     assert delivered[-2:] == [events[8], events[2]], "one that was only late is not dropped"
 
 
-def test_a_worker_sends_heartbeats_again_after_its_connection_to_the_driver_has_failed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_worker_sends_heartbeats_again_after_its_connection_to_the_driver_has_failed() -> None:
     lost = ActorUnavailableError("connection lost", None)
     answers: list[float | Exception] = [lost, lost, 30.0]
+    no_more_answers = threading.Event()
 
     def get(_: object) -> float:
         if not answers:
-            threading.Event().wait()  # as if the next answer never came: the thread ends with this process
+            no_more_answers.set()
+            threading.Event().wait()  # the thread ends with this process
         answer = answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
         return answer
 
-    monkeypatch.setattr(bridge.ray, "get", get)
-    monkeypatch.setattr(bridge, "HEARTBEAT_SECONDS", 0.01)
     handle = SimpleNamespace(wait_for_stop_request=SimpleNamespace(remote=lambda *_: None))
-    listener = bridge.StopListener(handle, lambda: None)  # type: ignore[arg-type, return-value]
-    wait_for(lambda: listener.grace_left() is not None)
-    grace_left = listener.grace_left()
+    with fakes_of_ray(None, rank=0, world_size=1), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bridge.ray, "get", get)
+        patch.setattr(host, "HEARTBEAT_SECONDS", 0.01)
+        connection = host.DriverConnection(handle, Config())
+        assert no_more_answers.wait(10)
+    grace_left = connection.grace_left()
     assert grace_left is not None and 0 < grace_left <= 30

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from savant_ray.cli import main
-from savant_ray.driver.starting_point import find_start
 from savant_ray.storage.object_store import ObjectStorage
 from savant_ray.training.checkpoint import checkpoints
 from tests.cluster.conftest import (
@@ -27,6 +26,7 @@ from tests.cluster.conftest import (
     wait_for,
     with_text,
 )
+from tests.cluster.test_starting_point import start_of
 from tests.storage.object_store import CREDENTIALS, ObjectStore, running_store
 
 pytestmark = pytest.mark.slow
@@ -159,5 +159,5 @@ def test_workers_of_a_driver_that_lost_its_connection_do_not_touch_checkpoints_o
     assert of_epoch_1 and {name for name in names if ".1/" not in name} <= of_epoch_0, (
         "the first driver's workers saved nothing more"
     )
-    start = find_start(ObjectStorage(store.uri("runs/tiny"), tmp_path / "third"), pytest.fail)
+    start = start_of(ObjectStorage(store.uri("runs/tiny"), tmp_path / "third"), pytest.fail)
     assert start is not None and f"saved as {start.name};" in printed

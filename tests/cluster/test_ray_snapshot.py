@@ -13,12 +13,11 @@ from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import Check
 from ray.train.v2._internal.execution.context import StorageContext
 from ray.train.v2._internal.execution.training_report import _TrainingReport
 
-from savant_ray.driver.starting_point import find_start
 from savant_ray.storage.local import LocalStorage
 from savant_ray.storage.ray_snapshot import SNAPSHOT, rebuild_snapshot
 from savant_ray.storage.tolerant_file_system import tolerant_file_system
 from savant_ray.training.checkpoint import checkpoints
-from tests.cluster.test_starting_point import write
+from tests.cluster.test_starting_point import start_of, write
 
 
 def rays_manager(run: Path, keep: int = 3) -> CheckpointManager:
@@ -61,7 +60,7 @@ def test_the_newest_checkpoints_are_kept(keep: int, left: list[int], tmp_path: P
 def test_a_later_attempt_deletes_the_checkpoints_of_earlier_ones_in_step_order(tmp_path: Path) -> None:
     run = tmp_path / "run"
     write(run, 10000, 9900, 5000)
-    find_start(LocalStorage(run), print)
+    start_of(LocalStorage(run))
     assert save(rays_manager(run), run, 10100) == ["step_9900", "step_10000", "step_10100"]
 
 
@@ -86,7 +85,7 @@ def test_an_interrupted_deletion_leaves_no_checkpoint_that_looks_complete(
         patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # the process was killed
         tolerant_file_system(None, LocalStorage(tmp_path)).delete_dir(f"{tmp_path}/step_1")
     assert [folder.name for folder in checkpoints(tmp_path)] == ["step_2"]
-    assert find_start(LocalStorage(tmp_path), pytest.fail) == tmp_path / "step_2"
+    assert start_of(LocalStorage(tmp_path), pytest.fail) == tmp_path / "step_2"
     assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_2"]
 
 
@@ -131,11 +130,11 @@ def test_rays_list_of_checkpoints_is_rebuilt_before_ray_reads_it(damage: str, tm
         snapshot.unlink()
     elif damage == "empty":
         snapshot.write_bytes(b"")
-    find_start(LocalStorage(run), print)
+    start_of(LocalStorage(run))
     assert rays_checkpoints(run) == ["step_5", "step_9900", "step_10000"]
 
 
 def test_without_checkpoints_rays_list_is_removed(tmp_path: Path) -> None:
     (tmp_path / SNAPSHOT).write_text("{")
-    find_start(LocalStorage(tmp_path), print)
+    start_of(LocalStorage(tmp_path))
     assert not (tmp_path / SNAPSHOT).exists()

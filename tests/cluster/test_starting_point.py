@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from savant_ray.driver.starting_point import (
 )
 from savant_ray.errors import CheckpointError, SavantError, SettingsError
 from savant_ray.storage.local import LocalStorage
-from savant_ray.storage.lock import locked, move_run_aside
+from savant_ray.storage.lock import locked
+from savant_ray.storage.protocol import RunStorage
 from savant_ray.storage.ray_snapshot import SNAPSHOT
 from savant_ray.storage.run_storage import run_storage
 from savant_ray.storage.tolerant_file_system import tolerant_file_system
@@ -51,6 +53,11 @@ def names(run: Path) -> list[str]:
     return sorted(path.name for path in run.iterdir() if path.name.startswith("step"))
 
 
+def start_of(storage: RunStorage, notify: Callable[[str], None] = print) -> Path | None:
+    """Return the checkpoint that an attempt with the default settings resumes from."""
+    return find_start(storage, Config(), notify, lambda event: pytest.fail(str(event)), allow_changes=False)
+
+
 def changed(**sections: dict[str, Any]) -> Config:
     settings = Config().to_dict()
     for section, values in sections.items():
@@ -59,7 +66,7 @@ def changed(**sections: dict[str, Any]) -> Config:
 
 
 def test_a_new_folder_has_no_checkpoint_to_resume_from(tmp_path: Path) -> None:
-    assert find_start(LocalStorage(tmp_path), print) is None
+    assert start_of(LocalStorage(tmp_path)) is None
 
 
 def cut(folder: Path) -> None:
@@ -85,12 +92,12 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_is_used(
     write(tmp_path, 9900, 10000)
     damage(tmp_path / "step_10000")
     messages: list[str] = []
-    assert find_start(LocalStorage(tmp_path), messages.append) == tmp_path / "step_9900"
+    assert start_of(LocalStorage(tmp_path), messages.append) == tmp_path / "step_9900"
     assert len(messages) == 1 and words in messages[0] and "set aside as step_10000.damaged" in messages[0]
     assert names(tmp_path) == ["step_10000.damaged", "step_9900"]
     write(tmp_path, 10000)
     damage(tmp_path / "step_10000")
-    assert find_start(
+    assert start_of(
         LocalStorage(tmp_path), messages.append
     ) == tmp_path / "step_9900" and "step_10000.damaged-2" in names(tmp_path)
 
@@ -101,27 +108,27 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_refused(tmp_path: Path) -> N
         cut(folder)
     for _ in range(2):
         with pytest.raises(CheckpointError, match="no complete checkpoint of it.*--fresh"):
-            find_start(LocalStorage(tmp_path), lambda _: None)
+            start_of(LocalStorage(tmp_path), lambda _: None)
 
 
 def test_a_run_whose_checkpoints_were_deleted_is_refused(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"event": "checkpoint", "step": 5}) + "\n")
     with pytest.raises(CheckpointError, match="holds a run"):
-        find_start(LocalStorage(tmp_path), print)
+        start_of(LocalStorage(tmp_path))
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_starts_from_the_beginning(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"event": "step", "step": 5}) + "\n")
     (tmp_path / "step_6.tmp").mkdir()
-    assert find_start(LocalStorage(tmp_path), print) is None and names(tmp_path) == []
+    assert start_of(LocalStorage(tmp_path)) is None and names(tmp_path) == []
 
 
 def test_fresh_moves_the_old_run_aside_and_loses_nothing(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert move_run_aside(run) is None
+    assert LocalStorage(run).move_aside() is None
     for expected in ("run.old", "run.old-2"):
         write(run, 1)
-        assert move_run_aside(run) == tmp_path / expected
+        assert LocalStorage(run).move_aside() == str(tmp_path / expected)
         assert names(tmp_path / expected) == ["step_1"] and not run.exists()
     with locked(tmp_path / "run"):
         pass
@@ -297,7 +304,7 @@ def test_a_new_run_continues_from_a_copy_of_a_checkpoint_without_its_records(tmp
     base = tmp_path / "base/step_70"
     events: list[Any] = []
     start = copy_start(storage, wsd(200), str(base), events.append, allow_changes=False)
-    assert start == tmp_path / "new/step_70" and find_start(storage, print) == start
+    assert start == tmp_path / "new/step_70" and start_of(storage) == start
     assert torch.equal(read_checkpoint(start)["weights"], read_checkpoint(base)["weights"])
     assert all((start / name).read_bytes() == (base / name).read_bytes() for name in ("config.yaml", "tokenizer.json"))
     assert list(records_of(tmp_path / "new")) == []

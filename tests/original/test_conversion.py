@@ -68,10 +68,7 @@ def start(run: Path | RunStorage, config: Config, allow_changes: bool = False) -
         assert isinstance(event, CheckpointSaved)
         messages.append(f"saved {event.step}: {event.reason}")
 
-    def convert(newest: Path | None) -> Path | None:
-        return convert_newest(storage, config, newest, messages.append, emit, allow_changes)
-
-    return find_start(storage, messages.append, convert), messages
+    return find_start(storage, config, messages.append, emit, allow_changes), messages
 
 
 def names(run: Path) -> list[str]:

@@ -17,7 +17,6 @@ import pytest
 from savant_ray.config import Config, load_config
 from savant_ray.driver.checks import check_before_start
 from savant_ray.driver.record_upload import RecordUploader
-from savant_ray.driver.starting_point import find_start
 from savant_ray.errors import CheckpointError, SavantError, SettingsError
 from savant_ray.storage.lease import LEASE
 from savant_ray.storage.local import LocalStorage
@@ -27,7 +26,7 @@ from savant_ray.storage.run_storage import local_checkpoint, run_storage, storag
 from savant_ray.training.checkpoint import MANIFEST, left_out_file, read_manifest, verify
 from savant_ray.worker.resume import load_newest
 from tests.cluster.conftest import ROOT
-from tests.cluster.test_starting_point import write
+from tests.cluster.test_starting_point import start_of, write
 from tests.storage.object_store import BUCKET, ObjectStore
 from tests.training.tiny import tiny_config, tiny_state
 
@@ -35,14 +34,14 @@ from tests.training.tiny import tiny_config, tiny_state
 def keep(storage: ObjectStorage, *steps: int) -> None:
     for step in steps:
         write(storage.folder, step)
-        assert storage.commit(storage.folder / f"step_{step}") == f"{BUCKET}/runs/run/step_{step}"
+        storage.commit(storage.folder / f"step_{step}")
 
 
 def test_an_uploaded_checkpoint_is_intact_on_another_machine(
     storage_a: ObjectStorage, storage_b: ObjectStorage
 ) -> None:
     keep(storage_a, 9900, 10000)
-    assert find_start(storage_b, print) == storage_b.folder / "step_10000"
+    assert start_of(storage_b) == storage_b.folder / "step_10000"
     verify(storage_b.folder / "step_10000")
     for storage in (storage_a, storage_b):
         assert [path.name for path in storage.folder.glob("step_*")] == ["step_10000"], "a mirror keeps the newest only"
@@ -88,11 +87,11 @@ def test_the_manifest_is_uploaded_last_so_that_an_interrupted_upload_is_not_a_ch
     assert last == MANIFEST and set(sent) == files - {MANIFEST} and sent[-1] == "step_2.pt"
     assert f"step_2/{sent[0]}" in store.names("runs/run")
     messages: list[str] = []
-    assert find_start(storage_b, messages.append) == storage_b.folder / "step_1"
+    assert start_of(storage_b, messages.append) == storage_b.folder / "step_1"
     assert len(messages) == 1 and "set aside as step_2.damaged" in messages[0], "weights are never deleted silently"
     assert {f"step_2.damaged/{name}" for name in sent} <= set(store.names("runs/run"))
     store.write("runs/run/step_3/config.yaml", b"the power was gone before the weights were sent")
-    assert find_start(storage_b, pytest.fail) == storage_b.folder / "step_1"
+    assert start_of(storage_b, pytest.fail) == storage_b.folder / "step_1"
     assert not any(name.startswith("step_3") for name in store.names("runs/run"))
 
 
@@ -108,13 +107,13 @@ def test_a_damaged_checkpoint_in_object_storage_is_set_aside_and_the_next_older_
     keep(storage_a, 1, 2)
     flip(store, "runs/run/step_2/step_2.pt")
     messages: list[str] = []
-    assert find_start(storage_b, messages.append) == storage_b.folder / "step_1"
+    assert start_of(storage_b, messages.append) == storage_b.folder / "step_1"
     assert len(messages) == 1 and "SHA-256" in messages[0] and "set aside as step_2.damaged" in messages[0]
     assert "step_2.damaged/step_2.pt" in store.names("runs/run") and storage_b.checkpoints() == ["step_1"]
     flip(store, "runs/run/step_1/step_1.pt")
     shutil.rmtree(storage_b.folder)
     with pytest.raises(CheckpointError, match="no complete checkpoint of it"):
-        find_start(storage_b, messages.append)
+        start_of(storage_b, messages.append)
 
 
 def test_a_damaged_mirror_is_downloaded_again_and_a_stale_one_deleted(
@@ -125,15 +124,15 @@ def test_a_damaged_mirror_is_downloaded_again_and_a_stale_one_deleted(
     whole = mirrored.read_bytes()
     mirrored.write_bytes(whole[:100])
     write(storage_a.folder, 7)  # of a run that was deleted from the storage
-    assert find_start(storage_a, pytest.fail) == storage_a.folder / "step_1" and mirrored.read_bytes() == whole
+    assert start_of(storage_a, pytest.fail) == storage_a.folder / "step_1" and mirrored.read_bytes() == whole
     assert not (storage_a.folder / "step_7").exists()
 
 
 def test_rays_list_contains_the_stored_checkpoints(storage_a: ObjectStorage, store: ObjectStore) -> None:
-    find_start(storage_a, print)
+    start_of(storage_a)
     assert SNAPSHOT not in store.names("runs/run")
     keep(storage_a, 5, 9900, 10000)
-    find_start(storage_a, print)
+    start_of(storage_a)
     listed = json.loads(store.read(f"runs/run/{SNAPSHOT}"))["checkpoint_results"]
     assert [result["checkpoint_dir_name"] for result in listed] == ["step_5", "step_9900", "step_10000"]
 
@@ -217,7 +216,7 @@ def test_what_rewinds_have_left_out_is_read_on_another_machine_also_without_a_ch
 def test_the_record_of_a_deleted_run_is_set_aside(storage_a: ObjectStorage) -> None:
     record(storage_a, "10:00")
     storage_a.fetch_records()
-    assert find_start(storage_a, print) is None
+    assert start_of(storage_a) is None
     assert sorted(path.name for path in storage_a.folder.iterdir()) == ["metrics.jsonl.old", "training_log.txt.old"]
 
 
@@ -230,7 +229,7 @@ def test_fresh_moves_a_run_in_object_storage_aside_and_loses_nothing(
         before = store.names("runs/run")
         assert storage_a.move_aside() == store.uri(f"runs/{expected}")
         assert store.names(f"runs/{expected}") == before and store.names("runs/run") == []
-        assert find_start(storage_a, print) is None
+        assert start_of(storage_a) is None
 
 
 @pytest.mark.parametrize("survived", range(10))
@@ -251,7 +250,7 @@ def test_fresh_killed_at_any_moment_loses_nothing(survived: int, storage_a: Obje
     again = ObjectStorage(storage_a.location, storage_a.folder)
     said: list[str] = []
     with suppress(CheckpointError):
-        find_start(again, said.append)
+        start_of(again, said.append)
     there = {name: store.read(f"runs/{name}") for name in store.names("runs") if name.endswith("step_1.pt")}
     assert weights in there.values()
     whole = [name for name in store.names("runs") if name.endswith("step_1/manifest.json")]
@@ -316,7 +315,7 @@ def test_if_a_replacement_in_object_storage_is_interrupted_anywhere_the_old_or_t
             storage_a.commit(storage_a.folder / "step_1")
         store.before = lambda method, path: None
         again = ObjectStorage(storage_a.location, tmp_path / "again")
-        start = find_start(again, lambda _: None)
+        start = start_of(again, lambda _: None)
         assert start is not None
         found.append(read_manifest(start)["data_fingerprint"])
         assert again.checkpoints() == ["step_1"]
@@ -423,7 +422,7 @@ def test_a_full_local_disk_is_not_reported_as_an_error_of_the_storage(
             SavantError, match=rf"^{storage_b.folder}, the copy of s3://.* on this machine: .*too large"
         ):
             with storage_errors_explained(storage_b):
-                find_start(storage_b, print)
+                start_of(storage_b)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert find_start(storage_b, print) == storage_b.folder / "step_1"
+    assert start_of(storage_b) == storage_b.folder / "step_1"

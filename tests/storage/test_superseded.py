@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from savant_ray.driver.starting_point import find_start
 from savant_ray.errors import SavantError
 from savant_ray.events import Event
 from savant_ray.storage.lease import LEASE
@@ -24,7 +23,7 @@ from savant_ray.training.checkpoint import MANIFEST, TOKENIZER, verify
 from savant_ray.worker import saving
 from savant_ray.worker.resume import newest_name
 from savant_ray.worker.saving import Saver
-from tests.cluster.test_starting_point import write
+from tests.cluster.test_starting_point import start_of, write
 from tests.storage.object_store import ObjectStore
 from tests.storage.test_lease import taken
 from tests.storage.test_object_storage import record
@@ -46,10 +45,10 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(saving.ray.train, "report", lambda *_, **__: None)
 
 
-def save(storage: ObjectStorage, step: int, data: str) -> str:
+def save(storage: ObjectStorage, step: int, data: str) -> None:
     """Write and upload a checkpoint; `data` distinguishes it from another one of that step."""
     write(storage.folder, step, data=data)
-    return storage.commit(storage.folder / f"step_{step}")
+    storage.commit(storage.folder / f"step_{step}")
 
 
 def fingerprint(folder: Path) -> str:
@@ -66,7 +65,7 @@ def objects(store: ObjectStore, *names: str) -> dict[str, bytes]:
 def newest(storage: ObjectStorage, tmp_path: Path) -> str:
     """Return the content of the newest checkpoint as a machine without a mirror finds it."""
     shutil.rmtree(tmp_path / "fresh", ignore_errors=True)
-    start = find_start(ObjectStorage(storage.location, tmp_path / "fresh", storage.owner), lambda _: None)
+    start = start_of(ObjectStorage(storage.location, tmp_path / "fresh", storage.owner), lambda _: None)
     return "nothing" if start is None else f"{start.name} of {fingerprint(start)}"
 
 
@@ -113,7 +112,7 @@ def test_an_upload_that_was_running_when_the_run_was_taken_over_does_not_change_
     thread.start()
     assert suspended.wait(20)
     with taken(storage_b):
-        find_start(storage_b, lambda _: None)
+        start_of(storage_b, lambda _: None)
         save(storage_b, 500, "new")
         kept = objects(store, "step_500.1")
         assert len(kept) == 5
@@ -199,7 +198,7 @@ def test_a_run_resumes_from_checkpoints_of_either_owner_and_sets_aside_a_damaged
     messages: list[str] = []
     with taken(storage_b):
         shutil.rmtree(storage_b.folder / "step_500")
-        assert find_start(storage_b, messages.append) == storage_b.folder / "step_490"
+        assert start_of(storage_b, messages.append) == storage_b.folder / "step_490"
     assert len(messages) == 1 and "set aside as step_500.damaged" in messages[0]
 
 

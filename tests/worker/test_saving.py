@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from savant_ray.events import CheckpointFailed, CheckpointSaved, Event
+from savant_ray.storage import protocol
 from savant_ray.storage.local import LocalStorage
 from savant_ray.training.checkpoint import RECORDS, read_checkpoint, write_checkpoint
 from savant_ray.training.host_copies import HostCopy
@@ -55,7 +56,7 @@ def ray_train(monkeypatch: pytest.MonkeyPatch) -> RayTrain:
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> SlowDisk:
     disk = SlowDisk()
-    monkeypatch.setattr(saving, "write_checkpoint", disk.write)
+    monkeypatch.setattr(protocol, "write_checkpoint", disk.write)
     return disk
 
 

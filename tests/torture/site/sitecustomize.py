@@ -29,7 +29,7 @@ WINDOWS = {
     "savant_ray.evaluation.validator": {"Validator._validate": "validation", "Validator._sample": "generation"},
     "savant_ray.training.host_copies": {"HostCopy.update": "save"},
     "savant_ray.training.checkpoint": {"_write_files": "background write"},
-    "savant_ray.worker.saving": {"write_checkpoint": "handover"},
+    "savant_ray.storage.protocol": {"write_checkpoint": "handover"},
 }
 AT_THE_END = ("save", "background write", "handover")
 
