@@ -32,7 +32,7 @@ from savant_ray.errors import CheckpointError, DataError, SavantError, SettingsE
 from savant_ray.reporting.record import METRICS
 from savant_ray.training.checkpoint import read_checkpoint, write_checkpoint
 from savant_ray.training.state import TrainingState
-from savant_ray.training.step import clip_to_mean
+from savant_ray.training.step import clip
 from tests.data.conftest import byte_tokenizer  # noqa: F401 - a fixture
 from tests.data.without_ray import cache_of
 from tests.recorded_runs import tiny_plan, tiny_run_config, train_recorded
@@ -121,11 +121,11 @@ def test_a_run_that_diverged_equals_its_repetition(plan: StreamPlan, tmp_path: P
 
 
 def test_changed_code_is_found_and_named(plan: StreamPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def clip_to_half(gradients: Tensor, n_tokens: float, norm: Tensor, max_norm: float) -> None:
-        clip_to_mean(gradients, n_tokens, norm, max_norm / 2)
+    def clip_to_half(gradients: Tensor, tokens: float, max_norm: float) -> float:
+        return clip(gradients, tokens, max_norm / 2)
 
     with monkeypatch.context() as other_code:
-        other_code.setattr("savant_ray.training.step.clip_to_mean", clip_to_half)
+        other_code.setattr("savant_ray.training.step.clip", clip_to_half)
         train_recorded(tmp_path / "run", CONFIG, plan, code="1234567890abcdef")
     with pytest.raises(VerificationError, match=r"^step 2 differs: train_loss is .* in the record") as difference:
         verify(tmp_path / "run", plan)

@@ -38,17 +38,16 @@ def run_attention() -> Figures:
 
     With a single row a GPU mostly waits for kernels to be launched, so on a GPU the rows of a micro-batch are measured too.
     """
-    figures: Figures = {}
-    for n_rows, suffix in _row_counts(1):
-        figures |= {f"{name}{suffix}": values for name, values in _attention_figures(n_rows)}
-    return figures
+    return _with_micro_batches(lambda n_rows: dict(_attention_figures(n_rows)), 1)
 
 
-def _row_counts(n_rows: int) -> Iterator[tuple[int, str]]:
-    """Yield `n_rows` and, on a GPU, the rows of a micro-batch, each with a suffix for the names of figures."""
-    yield n_rows, ""
+def _with_micro_batches(measure: Callable[[int], Figures], n_rows: int) -> Figures:
+    """Return the figures of `n_rows` and, on a GPU, those of a micro-batch's rows, whose names have a suffix."""
+    figures = measure(n_rows)
     if benchmark_device().type == "cuda":
-        yield Config().training.batch_size, "_micro_batch"
+        of_micro_batch = measure(Config().training.batch_size)
+        figures |= {f"{name}_micro_batch": values for name, values in of_micro_batch.items()}
+    return figures
 
 
 def _attention_figures(n_rows: int) -> Iterator[tuple[str, dict[str, object]]]:
@@ -76,10 +75,7 @@ def _attention_figures(n_rows: int) -> Iterator[tuple[str, dict[str, object]]]:
 
 def run_loss() -> Figures:
     """Measure time and, on a GPU, memory of head and cross entropy over rows of targets."""
-    figures: Figures = {}
-    for n_rows, suffix in _row_counts(LOSS_ROWS):
-        figures |= {f"{name}{suffix}": values for name, values in _loss_figures(n_rows).items()}
-    return figures
+    return _with_micro_batches(_loss_figures, LOSS_ROWS)
 
 
 def _loss_figures(n_rows: int) -> Figures:

@@ -21,11 +21,10 @@ from savant_ray.data.packing import pack
 from savant_ray.data.quickstart.problems import problems
 from savant_ray.data.tokenizer import train_tokenizer
 from savant_ray.evaluation.held_out_loss import loss_sums
-from savant_ray.model.loss import IGNORED, cross_entropy_sum
 from savant_ray.model.transformer import UniversalTransformer
 from savant_ray.training.device import autocast
 from savant_ray.training.state import new_state
-from savant_ray.training.step import MicroBatch, take_step
+from savant_ray.training.step import MicroBatch, loss_and_tokens, take_step
 
 LEARNING_RATES = (2e-5, 1e-3)  # constant: the default, and one at which a small model learns quickly
 SEEDS = (0, 1, 2)
@@ -95,10 +94,8 @@ def _train_plain_bf16(model: UniversalTransformer, batches: Iterator[MicroBatch]
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
     for batch in batches:
         optimizer.zero_grad()
-        targets_BT = batch.targets()
-        x_BTD = model.hidden_states(batch.tokens_BT, batch.document_ids_BT)
-        loss = cross_entropy_sum(x_BTD, model.head.weight, targets_BT) / (targets_BT != IGNORED).sum()
-        loss.backward()
+        loss, tokens = loss_and_tokens(model, batch)
+        (loss / tokens).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 

@@ -8,9 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from savant_ray.model.loss import IGNORED, cross_entropy_sum
 from savant_ray.model.transformer import UniversalTransformer
-from savant_ray.training.step import MicroBatch
+from savant_ray.training.step import MicroBatch, loss_and_tokens
 
 
 @torch.no_grad()
@@ -25,15 +24,12 @@ def loss_sums(
 
     The losses of the micro-batches are fp32. fp64 has 29 more bits in the mantissa, so their sum is exact (unless they
     differ by many orders of magnitude) and does not depend on their order. The tensors of `micro_batches` are on the model's
-    device. `memory_limit_gb` is that of `cross_entropy_sum`, GiB; `training_graph` is that of
-    `UniversalTransformer.loop_states`.
+    device. `memory_limit_gb` and `training_graph` are those of `loss_and_tokens`.
     """
     sums = torch.zeros(2, dtype=torch.float64)
     for micro_batch in micro_batches:
-        targets_BT = micro_batch.targets()
-        hidden_BTD = model.hidden_states(micro_batch.tokens_BT, micro_batch.document_ids_BT, n_loops, training_graph)
-        loss = cross_entropy_sum(hidden_BTD, model.head.weight, targets_BT, memory_limit_gb)
-        sums += torch.tensor([loss.item(), (targets_BT != IGNORED).sum().item()], dtype=torch.float64)
+        loss, tokens = loss_and_tokens(model, micro_batch, memory_limit_gb, n_loops, training_graph)
+        sums += torch.tensor([loss.item(), tokens.item()], dtype=torch.float64)
     return sums
 
 

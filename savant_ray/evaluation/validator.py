@@ -6,7 +6,6 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
@@ -118,7 +117,8 @@ class Validator:
             DeviceMemoryError: the device has no memory for one sequence or one question.
         """
         weights_moved = self._weights_moved(state) if self.rank == 0 else None
-        with state.averaged_weights(), _evaluating(state):
+        # In the precision of training, with detached gradients, as `loop_states` requires.
+        with state.averaged_weights(), state.gradients.detached(), autocast(state.settings.precision, state.device):
             self._validate(state, weights_moved)
             logic = None if self.logic_evaluator is None else self.logic_evaluator(state)
             if self.rank == 0 and logic is not None:
@@ -251,13 +251,6 @@ class Validator:
 
     def _until_stopped(self, items: Iterable[Item]) -> Iterator[Item]:
         return takewhile(lambda _: not self.stop_requested(), items)
-
-
-@contextmanager
-def _evaluating(state: TrainingState) -> Iterator[None]:
-    """Run forward passes in the precision of training, with detached gradients, as `loop_states` requires."""
-    with state.gradients.detached(), autocast(state.settings.precision, state.device):
-        yield
 
 
 @dataclass

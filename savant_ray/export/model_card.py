@@ -15,7 +15,7 @@ from savant_ray.data.tokenizer import Tokenizer
 from savant_ray.events import LogicScored, StepDone, ValidationDone
 from savant_ray.export.logic_task import can_encode_suite, lm_eval_command
 from savant_ray.model.transformer import n_parameters
-from savant_ray.reporting.record import METRICS, parse_event
+from savant_ray.reporting.record import METRICS, intact_events
 from savant_ray.reporting.wording import figure, percent
 from savant_ray.training.checkpoint import RECORDS
 
@@ -108,10 +108,9 @@ def _figures_of_run(folder: Path, step: int) -> dict[str, str]:
 def _events(path: Path) -> list[dict[str, Any]]:
     """Return the events of a record; none if there is no record, or it cannot be read."""
     try:
-        lines = path.read_bytes().splitlines()
+        return list(intact_events(path))
     except OSError:
         return []
-    return [event for line in lines if (event := parse_event(line)) is not None]
 
 
 def _training_loss(event: dict[str, Any]) -> str:

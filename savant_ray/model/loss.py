@@ -64,7 +64,8 @@ def cross_entropy_sum(
     x_ND, targets_N = x_BTD.flatten(0, 1), targets_BT.flatten()
     if drops_rows if drops_rows is not None else x_BTD.device.type == "cpu":
         chunk_rows = chunk_rows or CPU_CHUNK_ROWS
-        x_ND, targets_N = _rows_with_target(x_ND, targets_N)
+        rows = (targets_N != IGNORED).nonzero().squeeze(1)
+        x_ND, targets_N = x_ND.index_select(0, rows), targets_N.index_select(0, rows)
     else:
         chunk_rows = chunk_rows or gpu_chunk_rows(len(targets_N), len(head_VD), memory_limit_gb)
         x_ND, targets_N = _rows_for_whole_chunks(x_ND, targets_N, chunk_rows)
@@ -84,11 +85,6 @@ def gpu_chunk_rows(n_rows: int, vocab_size: int, memory_limit_gb: float) -> int:
     max_rows = max(1, int(limit_bytes / (4 * vocab_size)) // ROW_MULTIPLE) * ROW_MULTIPLE
     n_chunks = max(1, math.ceil(n_rows / max_rows))
     return max(1, math.ceil(n_rows / n_chunks / ROW_MULTIPLE)) * ROW_MULTIPLE
-
-
-def _rows_with_target(x_ND: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-    rows = (targets_N != IGNORED).nonzero().squeeze(1)
-    return x_ND.index_select(0, rows), targets_N.index_select(0, rows)
 
 
 def _rows_for_whole_chunks(x_ND: Tensor, targets_N: Tensor, chunk_rows: int) -> tuple[Tensor, Tensor]:
@@ -138,14 +134,10 @@ def _chunk(x_CD: Tensor, head_VD: Tensor, targets_C: Tensor, grad_x: Tensor | No
 
 
 def _fp32_logits(x_CD: Tensor, head_VD: Tensor) -> Tensor:
-    if _has_fp32_output(x_CD):
+    """Return the logits in fp32, on a GPU that can write them so without rounding them to bf16 first."""
+    if x_CD.is_cuda and x_CD.dtype == torch.bfloat16 and adds_bf16_products_to_fp32(x_CD.device):
         return torch.mm(x_CD, head_VD.mT, out_dtype=torch.float32)
     return (x_CD @ head_VD.mT).float()
-
-
-def _has_fp32_output(x_CD: Tensor) -> bool:
-    """Return whether products can be written in fp32 without rounding them to the inputs' dtype first."""
-    return x_CD.is_cuda and x_CD.dtype == torch.bfloat16 and adds_bf16_products_to_fp32(x_CD.device)
 
 
 @functools.cache

@@ -256,7 +256,7 @@ class RecurrentBlock(nn.Module):
         dim, hidden_dim = ffn_out.shape
         padded_dim = math.ceil(hidden_dim / packing.ffn_multiple) * packing.ffn_multiple
         halves = (2, padded_dim)
-        qkv_weights = tuple(projection.weight for projection in attn.projections())
+        qkv_weights = (attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight)
         if packing.one_qkv:
             qkv = [Layout(qkv_weights, (3 * dim, dim), lambda m: m.split(dim))]
         else:
@@ -304,10 +304,6 @@ class LiquidAttention(nn.Module):
             k, v = update_cache(k, v)
         out_BTD = linear(attend(q, k, v, mask, self.soft_cap).transpose(1, 2).flatten(2), weights.attn_out)
         return liquid_update(x_BTD, out_BTD, weights.attn_gate, weights.attn_gate_bias, update_cache is not None)
-
-    def projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
-        """Return the projections to queries, keys and values."""
-        return self.q_proj, self.k_proj, self.v_proj
 
     def _heads(self, x_BTD: Tensor) -> Tensor:
         heads_BTHD: Tensor = x_BTD.unflatten(2, (self.n_heads, -1))

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from savant_ray.optim.tree_sum import TreeSum
 
@@ -50,18 +50,3 @@ class GradientBuffer:
             yield
         finally:
             self._attach()
-
-    def zero(self) -> None:
-        """Set gradients and sums to zero."""
-        self.flat.zero_()
-
-
-def mean_norm(gradients: Tensor, n_tokens: float) -> Tensor:
-    """Return the norm of the mean of gradients that were summed over `n_tokens`, a 0-d tensor."""
-    norm: Tensor = torch.linalg.vector_norm(gradients) / n_tokens
-    return norm
-
-
-def clip_to_mean(gradients: Tensor, n_tokens: float, norm: Tensor, max_norm: float) -> None:
-    """Divide summed gradients by `n_tokens` and clip them to `max_norm`, in place; `norm` is their `mean_norm`."""
-    gradients.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0) / n_tokens)

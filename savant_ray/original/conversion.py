@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -179,7 +179,7 @@ def to_checkpoint(content: Mapping[str, Any], names: Sequence[str], effective_ba
     last_epoch = _last_epoch(content)
     return {
         "step": content["step"],
-        "model_state_dict": {name: weights[name] for name in sorted(weights, key=_sort_key(names))},
+        "model_state_dict": {name: weights[name] for name in in_order(weights, names)},
         "optimizer_state_dict": renumbered(content["optimizer_state_dict"], list(weights), names),
         SCHEDULER: {"last_epoch": min(last_epoch, content["step"])},  # savant_ray writes the step, not step + 1
         "savant": {
@@ -220,10 +220,10 @@ def _is_close(a: float, b: float) -> bool:
     return math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-15)
 
 
-def _sort_key(names: Sequence[str]) -> Callable[[str], int]:
-    """Return a sort key for the order of `names`; other names are last."""
-    indices = {name: index for index, name in enumerate(names)}
-    return lambda name: indices.get(name, len(indices))
+def in_order(weights: Mapping[str, Any], order: Iterable[str]) -> list[str]:
+    """Return the names of the weights, sorted by `order`; names that are not in it are last."""
+    known = [name for name in order if name in weights]
+    return known + [name for name in weights if name not in known]
 
 
 def _last_epoch(content: Mapping[str, Any]) -> int:

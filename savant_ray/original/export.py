@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from savant_ray.config import ModelConfig, TrainingConfig
 from savant_ray.errors import CheckpointError
 from savant_ray.optim.adamw import BETAS, EPS, MOMENTS
 from savant_ray.optim.schedule import scheduled_rate
-from savant_ray.original.conversion import find_original
+from savant_ray.original.conversion import find_original, in_order
 from savant_ray.original.file import (
     MASKS,
     SCHEDULER,
@@ -214,7 +214,7 @@ def to_original(
     weights, state = content["model_state_dict"], content["optimizer_state_dict"]
     reference_weights = reference["model_state_dict"] if reference else {}
     masks = {name: mask for name, mask in reference_weights.items() if name in MASKS} or attention_masks(model)
-    names = _in_order(weights, reference_weights or PARAMETER_ORDER)
+    names = in_order(weights, reference_weights or PARAMETER_ORDER)
     moments = renumbered(state, list(weights), names)["state"] if _is_adamw(state, weights) else {}
     last_epoch = content["step"] + 1 + content["savant"].get("schedule_offset", 0)
     rate = scheduled_rate(last_epoch, training)
@@ -233,12 +233,6 @@ def to_original(
         SCHEDULER: {**_new_schedule(), **(reference or {}).get(SCHEDULER, {}), **schedule},
     }
     return for_optimizer(original, optimizer), [] if moments else [NO_MOMENTS]
-
-
-def _in_order(weights: Mapping[str, Tensor], order: Iterable[str]) -> list[str]:
-    """Return the names of the weights, sorted by `order`; names that are not in it are last."""
-    known = [name for name in order if name in weights]
-    return known + [name for name in weights if name not in known]
 
 
 def _is_adamw(optimizer: Mapping[str, Any], weights: Mapping[str, Tensor]) -> bool:

@@ -274,6 +274,12 @@ def parse_event(line: bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) and _is_event(value) else None
 
 
+def intact_events(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the events of a record without damaged lines."""
+    with path.open("rb") as file:
+        yield from (event for line in file if (event := parse_event(line)) is not None)
+
+
 def _is_event(line: dict[str, Any]) -> bool:
     """Return whether a line has a kind, a valid time, and a step unless its kind is about an attempt."""
     kind = line.get("event")

@@ -11,9 +11,9 @@ import functools
 import json
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import torch
 
@@ -24,15 +24,14 @@ from savant_ray.optim.schedule import scheduled_rate
 from savant_ray.training.checkpoint import left_out_file
 from savant_ray.training.device import memory_used_gb, skip_on_oom, update_memory_cap
 from savant_ray.training.efficiency import Peak
-from savant_ray.training.loop_count import loops_of_step
 from savant_ray.training.profiling import StepProfiler, region
 from savant_ray.training.rank_comparison import raise_if_ranks_differ
 from savant_ray.training.reduction import any_rank
+from savant_ray.training.seeds import loops_of_step
 from savant_ray.training.spikes import WINDOW, Spike
 from savant_ray.training.state import TrainingState
 from savant_ray.training.step import MicroBatch, StepResult, take_step
 
-Item = TypeVar("Item")
 MAX_REWINDS = 3  # within `WINDOW` steps
 
 
@@ -100,76 +99,69 @@ def train(state: TrainingState, config: Config, local_batches: Iterable[Sequence
         RanksDifferError: the ranks have different weights or optimizer state.
         SavantError, OSError: as `rewind`.
     """
-    with StepProfiler(config.training, state, host) as profiler:
-        return _train(state, config, local_batches, host, profiler)
-
-
-def _train(
-    state: TrainingState,
-    config: Config,
-    local_batches: Iterable[Sequence[MicroBatch]],
-    host: Host,
-    profiler: StepProfiler,
-) -> bool:
     settings = config.training
-    first_step = state.step + 1
-    saved_step = state.step
-    if validation_is_due(state.step, config) and host.validate(state):
-        return False
-    stop, peak = False, Peak(state.settings.precision, state.device)
-    profiler.before_step(first_step)
-    steps = timed(local_batches)
-    while (timed_step := next(steps, None)) is not None:
-        local_batch, data_wait = timed_step
-        rate = scheduled_rate(state.next_in_schedule, settings)
-        n_loops = loops_of_step(config, state.step + 1)
-        started = time.perf_counter()
-        result = step_with_oom_retry(state, local_batch, rate, settings.gradient_clip, host, n_loops)
-        seconds = data_wait + time.perf_counter() - started
-        spike_to_leave_out = result.spike if settings.on_spike == "rewind" else None
-        if spike_to_leave_out is not None and not result.stop:
-            rewind(state, spike_to_leave_out, settings.effective_batch, host)
-            saved_step, steps = min(saved_step, state.step), timed(host.local_batches(state))
-            profiler.before_step(state.step + 1)
-            continue
-        if result.abandoned:
-            host.emit(
-                Notice(text=f"step {state.step + 1:,} would outlast the grace period: abandoned, nothing is lost")
-            )
-        elif spike_to_leave_out is None:  # otherwise the step is taken again, and training rewinds, after the resume
-            if result.spike is not None and host.rank == 0:
-                host.emit(spike_found(state, result.spike, settings.effective_batch, not result.updated))
-            count_step(state, result, settings.effective_batch)
-            flops = sum(micro_batch.useful_flops for micro_batch in local_batch)
-            if state.step == first_step:  # libraries have allocated their memory by now, and it counts towards the cap
-                notify(host, update_memory_cap(state.device, settings.vram_limit_gb))
-                if flops:
-                    measure_peak(peak, host, state.device)
-            # `useful_flops` are those of a step with `model.n_loops` loops.
-            share_of_peak = peak.utilization(flops, seconds) if n_loops == config.model.n_loops else None
-            emit_step(host, state, result, rate, seconds, data_wait, share_of_peak)
-            profiler.after_step(state.step)
-            raise_if_updates_fail(state, result, settings.max_skipped_steps)
-            if settings.compare_ranks_every and state.step % settings.compare_ranks_every == 0:
-                raise_if_ranks_differ(state)
+    with StepProfiler(settings, state, host) as profiler:
+        first_step, saved_step = state.step + 1, state.step
+        if validation_is_due(state.step, config) and host.validate(state):
+            return False
+        stop, peak = False, Peak(state.settings.precision, state.device)
+        profiler.before_step(first_step)
+        batches = iter(local_batches)
+        while True:
+            started = time.perf_counter()
+            with region("data wait"):
+                local_batch = next(batches, None)
+            if local_batch is None:
+                break
+            data_wait = time.perf_counter() - started
+            rate = scheduled_rate(state.next_in_schedule, settings)
+            n_loops = loops_of_step(config, state.step + 1)
+            started = time.perf_counter()
+            result = step_with_oom_retry(state, local_batch, rate, settings.gradient_clip, host, n_loops)
+            seconds = data_wait + time.perf_counter() - started
+            spike_to_leave_out = result.spike if settings.on_spike == "rewind" else None
+            if spike_to_leave_out is not None and not result.stop:
+                rewind(state, spike_to_leave_out, settings.effective_batch, host)
+                saved_step, batches = min(saved_step, state.step), iter(host.local_batches(state))
+                profiler.before_step(state.step + 1)
+                continue
+            if result.abandoned:
+                text = f"step {state.step + 1:,} would outlast the grace period: abandoned, nothing is lost"
+                host.emit(Notice(text=text))
+            elif spike_to_leave_out is None:  # otherwise it is taken again, and training rewinds, after the resume
+                if result.spike is not None and host.rank == 0:
+                    host.emit(spike_found(state, result.spike, settings.effective_batch, not result.updated))
+                count_step(state, result, settings.effective_batch)
+                flops = sum(micro_batch.useful_flops for micro_batch in local_batch)
+                if state.step == first_step:  # libraries have allocated their memory, and it counts towards the cap
+                    notify(host, update_memory_cap(state.device, settings.vram_limit_gb))
+                    if flops:
+                        measure_peak(peak, host, state.device)
+                # `useful_flops` are those of a step with `model.n_loops` loops.
+                share_of_peak = peak.utilization(flops, seconds) if n_loops == config.model.n_loops else None
+                emit_step(host, state, result, rate, seconds, data_wait, share_of_peak)
+                profiler.after_step(state.step)
+                raise_if_updates_fail(state, result, settings.max_skipped_steps)
+                if settings.compare_ranks_every and state.step % settings.compare_ranks_every == 0:
+                    raise_if_ranks_differ(state)
 
-        stop = result.stop
-        if not stop and (reason := save_reason(state.step, config)):
-            save(host, state, reason, config)
-            saved_step = state.step
-        if not stop and validation_is_due(state.step, config):
-            stop = host.validate(state)
-            measure_peak(peak, host, state.device)
-            # Generation has loaded kernels and CUDA graphs, which take memory outside of the allocator.
-            notify(host, update_memory_cap(state.device, settings.vram_limit_gb))
-        if stop:
-            # A saved step is saved again only if its write failed: Ray drops a checkpoint that is reported twice.
-            if state.step > saved_step or any_rank(not host.finish_saving(), state.device):
-                save(host, state, "stop", config)
-            break
-        profiler.before_step(state.step + 1)
-    host.finish_saving()
-    return not stop
+            stop = result.stop
+            if not stop and (reason := save_reason(state.step, config)):
+                save(host, state, reason, config)
+                saved_step = state.step
+            if not stop and validation_is_due(state.step, config):
+                stop = host.validate(state)
+                measure_peak(peak, host, state.device)
+                # Generation has loaded kernels and CUDA graphs, which take memory outside of the allocator.
+                notify(host, update_memory_cap(state.device, settings.vram_limit_gb))
+            if stop:
+                # A saved step is saved again only if its write failed: Ray drops a checkpoint that is reported twice.
+                if state.step > saved_step or any_rank(not host.finish_saving(), state.device):
+                    save(host, state, "stop", config)
+                break
+            profiler.before_step(state.step + 1)
+        host.finish_saving()
+        return not stop
 
 
 def step_with_oom_retry(
@@ -355,16 +347,3 @@ def raise_if_updates_fail(state: TrainingState, result: StepResult, limit: int) 
         "training.learning_rate, or look at the skipped positions in metrics.jsonl. (training.max_skipped_steps sets this "
         "limit.)"
     )
-
-
-def timed(items: Iterable[Item]) -> Iterator[tuple[Item, float]]:
-    """Yield each item with the seconds spent waiting for it."""
-    iterator = iter(items)
-    while True:
-        started = time.perf_counter()
-        try:
-            with region("data wait"):
-                item = next(iterator)
-        except StopIteration:
-            return
-        yield item, time.perf_counter() - started

@@ -18,7 +18,7 @@ from savant_ray.model.loss import gpu_chunk_rows
 from savant_ray.model.transformer import ffn_dim, n_parameters
 from savant_ray.optim.tree_sum import max_sums
 from savant_ray.training.device import GIB, MARGIN_GB
-from savant_ray.training.loop_count import max_loops
+from savant_ray.training.seeds import max_loops
 from savant_ray.training.state import BatchFit, is_deterministic, micro_batch_size
 
 OUTSIDE_GB = 0.55  # CUDA context, kernels and workspaces of libraries

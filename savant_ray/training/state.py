@@ -83,10 +83,6 @@ class BatchFit:
             )
         return dataclasses.replace(self, rows=(self.rows + 1) // 2)
 
-    def to_record(self) -> dict[str, Any]:
-        """Return the fields as plain values for a checkpoint."""
-        return dataclasses.asdict(self)
-
     def restored(self, record: dict[str, Any] | None) -> BatchFit:
         """Return the choice recorded in a checkpoint if it was made for the same settings, else this one."""
         saved = BatchFit(**record) if record else self
@@ -209,7 +205,7 @@ class TrainingState:
                 "data_fingerprint": self.data_fingerprint,
                 "left_out": [list(positions) for positions in self.left_out],
                 "spike_window": self.spike_window.to_record(),
-                "fit": self.batch_fit.to_record(),
+                "fit": dataclasses.asdict(self.batch_fit),
                 "threads": torch.get_num_threads(),
                 **({} if self.average is None else {"average_updates": self.average.n_updates}),
                 "torch_rng_state": torch.get_rng_state(),
@@ -307,6 +303,8 @@ def new_state(config: Config, device: torch.device, precision: Precision | None 
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     model.to(device, weights_dtype(precision))
     optimizer = new_optimizer(model, config.training)
+    decay = config.training.ema_decay
+    average = None if decay is None else WeightAverage(dict(model.named_parameters()), optimizer, decay)
     batch_fit = BatchFit.from_config(config, device)
     state = TrainingState(
         StepSettings(device, precision, is_deterministic(config, device), config.training.on_spike == "warn"),
@@ -315,7 +313,7 @@ def new_state(config: Config, device: torch.device, precision: Precision | None 
         GradientBuffer(model.parameters(), len(SUMS)),
         batch_fit,
         SpikeWindow(config.training.effective_batch),
-        new_average(model, optimizer, config.training),
+        average,
     )
     state.set_batch_fit(batch_fit)
     state.load_weights(weights)
@@ -341,15 +339,6 @@ def new_optimizer(model: UniversalTransformer, settings: TrainingConfig) -> Mast
     matrix_ids = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in matrix_ids]
     return Muon(matrices, others, settings.learning_rate, settings.weight_decay)
-
-
-def new_average(
-    model: UniversalTransformer, optimizer: MasterWeightOptimizer, settings: TrainingConfig
-) -> WeightAverage | None:
-    """Return the average of `training.ema_decay`, before `restart`; None if the setting is null."""
-    if settings.ema_decay is None:
-        return None
-    return WeightAverage(dict(model.named_parameters()), optimizer, settings.ema_decay)
 
 
 def reshaped_weights(parameters: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, str]:

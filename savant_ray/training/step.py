@@ -38,7 +38,7 @@ from torch import Tensor
 from savant_ray.config import Config
 from savant_ray.data.token_cache import Sequences
 from savant_ray.model.loss import IGNORED, cross_entropy_sum, next_token_targets
-from savant_ray.optim.gradients import clip_to_mean, mean_norm
+from savant_ray.model.transformer import UniversalTransformer
 from savant_ray.optim.tree_sum import Node
 from savant_ray.training.device import (
     LaunchQueue,
@@ -83,10 +83,6 @@ class MicroBatch:
             document_ids_BT=self.document_ids_BT.to(device),
             is_trained_BT=self.is_trained_BT.to(device),
         )
-
-    def targets(self) -> Tensor:
-        """Return the targets of the loss `[B, T]`, as `next_token_targets` does."""
-        return next_token_targets(self.tokens_BT, self.document_ids_BT, self.is_trained_BT)
 
 
 def micro_batches(
@@ -211,7 +207,11 @@ def take_step(
         updated = math.isfinite(norm) and (spike is None or state.settings.updates_on_spike)
         if updated:
             with region("update"):
-                update(state, learning_rate)
+                for group in state.optimizer.param_groups:
+                    group["lr"] = learning_rate
+                state.optimizer.step()
+                if state.average is not None:
+                    state.average.update()
     return StepResult(
         loss=mean_loss,
         tokens=int(tokens),
@@ -243,19 +243,19 @@ def reduce_gradients(state: TrainingState, ranks: Sequence[RankStatus]) -> tuple
 
 
 def clip(gradients: Tensor, tokens: float, max_norm: float) -> float:
-    """Divide summed gradients by the tokens of all ranks and clip them; return their norm before clipping. Collective.
+    """Divide summed gradients by the tokens of all ranks, clip them to `max_norm`, and return their norm before clipping.
 
-    All ranks use the norm of rank 0: on different processors the norms may differ by rounding, and near a limit one rank
-    would skip an update, or rewind, and another would not.
+    Collective: all ranks use the norm of rank 0. On different processors the norms may differ by rounding, and near a limit
+    one rank would skip an update, or rewind, and another would not.
     """
-    norm = from_rank_0(mean_norm(gradients, tokens))
-    clip_to_mean(gradients, tokens, norm, max_norm)
+    norm = from_rank_0(torch.linalg.vector_norm(gradients) / tokens)
+    gradients.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0) / tokens)
     return norm.item()
 
 
 def allocate_reduction(state: TrainingState) -> None:
     """Reduce zeros, so that NCCL allocates its memory now. Collective."""
-    state.gradients.zero()
+    state.gradients.flat.zero_()
     if state.settings.deterministic:
         rank = dist.get_rank() if dist.is_initialized() else 0
         state.gradients.tree.add(Node(rank, 1), state.gradients.flat)
@@ -285,7 +285,7 @@ def accumulate(
     Each micro-batch is divided into parts of at most `BatchFit.rows` sequences. `skipped` are those that an earlier call
     has left out.
     """
-    state.gradients.zero()
+    state.gradients.flat.zero_()
     parts = [part for micro_batch in local_batch for part in micro_batch.parts(state.batch_fit.rows)]
     losses, ended = launch(state.device, parts, partial(add_gradients, state, n_loops=n_loops), grace_left)
     if ended is not None:
@@ -328,7 +328,7 @@ def add_to_tree(state: TrainingState, micro_batch: MicroBatch, n_loops: int | No
 
     If the sum is not finite, zeros are added instead. On a GPU the device decides this, and the host does not wait.
     """
-    state.gradients.zero()
+    state.gradients.flat.zero_()
     for part in micro_batch.parts(state.batch_fit.rows):
         add_gradients(state, part, n_loops)
     flat, loss = state.gradients.flat, state.gradients.sums[LOSS].clone()
@@ -343,14 +343,28 @@ def add_to_tree(state: TrainingState, micro_batch: MicroBatch, n_loops: int | No
 def add_gradients(state: TrainingState, micro_batch: MicroBatch, n_loops: int | None = None) -> Tensor:
     """Launch one forward and backward pass into the buffer and return the loss sum in nats, a 0-d tensor on the device."""
     with region("forward"), state.gradients.detached(), autocast(state.settings.precision, state.device):
-        x_BTD = state.model.hidden_states(micro_batch.tokens_BT, micro_batch.document_ids_BT, n_loops)
-        targets_BT = micro_batch.targets()
-        loss = cross_entropy_sum(x_BTD, state.model.head.weight, targets_BT, state.batch_fit.limit_gb)
+        loss, tokens = loss_and_tokens(state.model, micro_batch, state.batch_fit.limit_gb, n_loops)
     with region("backward"):
         loss.backward()
     state.gradients.sums[LOSS] += loss.detach()
-    state.gradients.sums[TOKENS] += (targets_BT != IGNORED).sum()
+    state.gradients.sums[TOKENS] += tokens
     return loss.detach()
+
+
+def loss_and_tokens(
+    model: UniversalTransformer,
+    micro_batch: MicroBatch,
+    memory_limit_gb: float = 10.0,
+    n_loops: int | None = None,
+    training_graph: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Return the sum of the token losses in nats and the number of target tokens, 0-d tensors.
+
+    `memory_limit_gb` is that of `cross_entropy_sum`, GiB; `training_graph` is that of `UniversalTransformer.loop_states`.
+    """
+    x_BTD = model.hidden_states(micro_batch.tokens_BT, micro_batch.document_ids_BT, n_loops, training_graph)
+    targets_BT = next_token_targets(micro_batch.tokens_BT, micro_batch.document_ids_BT, micro_batch.is_trained_BT)
+    return cross_entropy_sum(x_BTD, model.head.weight, targets_BT, memory_limit_gb), (targets_BT != IGNORED).sum()
 
 
 def outlasts(grace_left: float | None, elapsed: float, done: int, total: int) -> bool:
@@ -362,12 +376,3 @@ def outlasts(grace_left: float | None, elapsed: float, done: int, total: int) ->
         return False
     remaining = elapsed / done * (total - done) if done else 0.0
     return remaining > grace_left
-
-
-def update(state: TrainingState, learning_rate: float) -> None:
-    """Update the weights once from the gradients in the buffer."""
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate
-    state.optimizer.step()
-    if state.average is not None:
-        state.average.update()

@@ -7,33 +7,17 @@ from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from savant_ray.config import Config
-from savant_ray.data.stream import BYTES_PER_TOKEN, LocalSequences, StepStream
+from savant_ray.data.stream import BYTES_PER_TOKEN, StepStream
 from savant_ray.errors import error_context
 from savant_ray.training.device import raise_memory_cap_error_on_oom
 from savant_ray.training.progress import PROGRESS
 from savant_ray.training.state import TrainingState, micro_batch_size
 from savant_ray.training.step import MicroBatch, micro_batches
-
-
-class SequenceStream(Protocol):
-    """The part of `StepStream` that a `BatchReader` uses."""
-
-    @property
-    def sequences_per_step(self) -> int:
-        """Return how many sequences of each step this rank reads."""
-
-    @property
-    def first_micro_batch(self) -> int:
-        """Return the index of this rank's first micro-batch in each step."""
-
-    def steps(self, start_position: int, n_steps: int) -> Generator[LocalSequences, None, None]:
-        """Return an iterator over this rank's sequences of `n_steps` steps, which reads ahead."""
 
 
 def local_batches(stream: StepStream, state: TrainingState, config: Config) -> BatchReader:
@@ -71,12 +55,13 @@ class BatchReader:
     """
 
     def __init__(
-        self, stream: SequenceStream, start_position: int, n_steps: int, config: Config, device: torch.device
+        self, stream: StepStream, start_position: int, n_steps: int, config: Config, device: torch.device
     ) -> None:
-        self._stream = stream
         self._steps = stream.steps(start_position, n_steps)
-        self._config = config
         self._device = device
+        self._in_micro_batches = functools.partial(
+            micro_batches, config=config, size=micro_batch_size(config, device), first_index=stream.first_micro_batch
+        )
         shape = (stream.sequences_per_step, config.model.max_seq_len)
         needs_copies = device.type == "cuda" and stream.sequences_per_step > 0
         self._buffers = [_Buffer(shape, device) for _ in range(2)] if needs_copies else []
@@ -102,10 +87,10 @@ class BatchReader:
         set_device = functools.partial(torch.cuda.set_device, self._device)
         executor = ThreadPoolExecutor(1, thread_name_prefix="prefetch", initializer=set_device)
         try:
-            pending = executor.submit(self._next_on_device, buffer)
+            pending = executor.submit(self._next, buffer)
             while (local_batch := pending.result()) is not None:
                 other.release()
-                pending = executor.submit(self._next_on_device, other)
+                pending = executor.submit(self._next, other)
                 buffer.acquire()
                 yield local_batch
                 buffer, other = other, buffer
@@ -113,19 +98,14 @@ class BatchReader:
             executor.submit(self._steps.close)
             executor.shutdown(wait=False)
 
-    def _next(self) -> list[MicroBatch] | None:
-        """Return the next local batch in host memory, or None after the last one."""
+    def _next(self, buffer: _Buffer | None = None) -> list[MicroBatch] | None:
+        """Return the next local batch in host memory, or copied to the device by `buffer`; None after the last one."""
         with error_context("reading the next step's sequences"):
             step = next(self._steps, None)
             if step is None:
                 return None
-            size = micro_batch_size(self._config, self._device)
-            return micro_batches(step.sequences, step.positions, self._config, size, self._stream.first_micro_batch)
-
-    def _next_on_device(self, buffer: _Buffer) -> list[MicroBatch] | None:
-        """Start copying the next local batch to the device and return it, or None after the last one."""
-        local_batch = self._next()
-        return buffer.copy(local_batch) if local_batch else local_batch
+            local_batch = self._in_micro_batches(step.sequences, step.positions)
+        return local_batch if buffer is None else buffer.copy(local_batch)
 
 
 class _Buffer:

@@ -76,7 +76,7 @@ def from_parameters(model: UniversalTransformer) -> dict[str, Tensor]:
     x, block = model.embed(tokens), model.recurrent_block
     _, others = block.layouts()
     weights = BlockWeights(
-        tuple(SharedWeight(projection.weight) for projection in block.attn.projections()),
+        tuple(SharedWeight(block.attn.get_submodule(name).weight) for name in ("q_proj", "k_proj", "v_proj")),
         *(SharedWeight(layout.parameters[0]) for layout in others),
     )
     for loop in range(SMALL.n_loops):

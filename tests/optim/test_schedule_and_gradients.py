@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from savant_ray.optim.gradients import GradientBuffer, clip_to_mean, mean_norm
+from savant_ray.optim.gradients import GradientBuffer
 from savant_ray.optim.schedule import learning_rate
 
 
@@ -58,19 +58,3 @@ def test_twelve_uses_of_a_weight_in_one_backward_pass_add_up_in_fp32(dtype: torc
     factors = [1.0, *[2**-9] * 11]
     sum((parameter * factor).sum() for factor in factors).backward()
     assert torch.equal(buffer.gradients, torch.full((12,), 1 + 11 * 2**-9))
-
-
-def test_clipping_divides_by_the_tokens_and_keeps_the_norm_below_the_limit() -> None:
-    gradients = torch.tensor([30.0, 40.0])
-    norm = mean_norm(gradients, n_tokens=10)
-    assert norm.item() == pytest.approx(5.0)
-    clip_to_mean(gradients, n_tokens=10, norm=norm, max_norm=1.0)
-    torch.testing.assert_close(gradients, torch.tensor([0.6, 0.8]))
-    small = torch.tensor([3.0, 4.0])
-    clip_to_mean(small, n_tokens=10, norm=mean_norm(small, 10), max_norm=1.0)
-    torch.testing.assert_close(small, torch.tensor([0.3, 0.4]))
-
-
-def test_a_non_finite_gradient_gives_a_non_finite_norm() -> None:
-    assert not torch.isfinite(mean_norm(torch.tensor([1.0, float("nan")]), 1.0))
-    assert not torch.isfinite(mean_norm(torch.tensor([1.0, float("inf")]), 1.0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,13 @@ import torch.multiprocessing as mp
 import savant_ray.training.state as state_module
 import savant_ray.training.step as step_module
 from savant_ray.config import Config
-from savant_ray.model.loss import next_token_targets
 from savant_ray.optim.tree_sum import Node, TreeSum
 from savant_ray.training import rank_comparison
 from savant_ray.training.device import set_threads
 from savant_ray.training.loop import train
-from savant_ray.training.loop_count import loops_of_step
 from savant_ray.training.rank_comparison import RanksDifferError, differing
 from savant_ray.training.reduction import sum_trees
+from savant_ray.training.seeds import loops_of_step
 from savant_ray.training.state import TrainingState, micro_batch_size, new_state
 from savant_ray.training.step import MicroBatch, take_step
 from tests.training.tiny import (
@@ -38,6 +37,7 @@ from tests.training.tiny import (
     rank_micro_batches,
     tiny_config,
     weights,
+    with_bad_losses,
 )
 
 SEQUENCES = 14
@@ -64,19 +64,6 @@ def digest(state: TrainingState) -> str:
     return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()
 
 
-def with_bad_losses(positions: Sequence[int]) -> Callable[..., torch.Tensor]:
-    """Return `cross_entropy_sum` with a loss of NaN for micro-batches of 2 that begin at these positions."""
-    true_loss = step_module.cross_entropy_sum
-    bad = [micro_batch([position, position + 1]) for position in positions]
-    bad_targets = [next_token_targets(batch.tokens_BT, batch.document_ids_BT) for batch in bad]
-
-    def cross_entropy_sum(x: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, *others: Any) -> torch.Tensor:
-        is_bad = any(torch.equal(targets, other) for other in bad_targets)
-        return true_loss(x, head, targets, *others) * (math.nan if is_bad else 1.0)
-
-    return cross_entropy_sum
-
-
 def all_cases(rank: int, world_size: int) -> dict[str, Any]:
     """Return the figures of this rank in each case."""
     seven = tiny_config(batch_size=2, accumulation=7)
@@ -100,7 +87,7 @@ def all_cases(rank: int, world_size: int) -> dict[str, Any]:
     state_module.MAX_CPU_ELEMENTS = limit
     true_loss = step_module.cross_entropy_sum
     for name, bad in {"first": [0], "last": [12], "some": [2, 8, 10], "all": list(range(0, 14, 2))}.items():
-        step_module.cross_entropy_sum = with_bad_losses(bad)
+        step_module.cross_entropy_sum = with_bad_losses([micro_batch([p, p + 1]) for p in bad])
         cases[f"no finite loss: {name}"] = taken_steps(seven, rank, world_size)
         step_module.cross_entropy_sum = true_loss
     cases["sums in small segments"] = [
@@ -218,7 +205,7 @@ def test_a_micro_batch_without_a_finite_loss_is_as_one_without_targets(monkeypat
     masked = [without_targets(each) if each.index in (0, 3) else each for each in batch]
     expected, state = new_state(config, CPU), new_state(config, CPU)
     clean = take_step(expected, masked, 1e-2, 1.0, never)
-    monkeypatch.setattr(step_module, "cross_entropy_sum", with_bad_losses([0, 6]))
+    monkeypatch.setattr(step_module, "cross_entropy_sum", with_bad_losses([micro_batch([0, 1]), micro_batch([6, 7])]))
     result = take_step(state, batch, 1e-2, 1.0, never)
     assert (result.loss, result.tokens, result.grad_norm) == (clean.loss, clean.tokens, clean.grad_norm)
     assert [skipped.positions for skipped in result.skipped_locally] == [(0, 1), (6, 7)] and digest(state) == digest(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -360,7 +361,7 @@ def _rank(rank: int, folder: str) -> None:
         with_room_for(state, 2, after=1)
     host = RecordingHost(rank)
     train(state, config, local_batches(state, config, rank, 2), host)
-    torch.save((state.batch_fit.to_record(), weights(state), notices(host)), f"{folder}/{rank}.pt")
+    torch.save((asdict(state.batch_fit), weights(state), notices(host)), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 

@@ -25,8 +25,8 @@ from savant_ray.training.device import (
 )
 from savant_ray.training.state import TrainingState, new_state
 from savant_ray.training.step import MicroBatch, add_gradients, add_to_tree, take_step
-from tests.training.test_step import assert_ranks_take_the_same_steps, run_ranks, with_bad_losses
-from tests.training.tiny import MODEL, never, rank_micro_batches, tiny_config, weights
+from tests.training.test_step import assert_ranks_take_the_same_steps, run_ranks
+from tests.training.tiny import MODEL, never, rank_micro_batches, tiny_config, weights, with_bad_losses
 
 pytestmark = [
     pytest.mark.gpu,

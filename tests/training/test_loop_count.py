@@ -10,7 +10,7 @@ import torch
 
 from savant_ray.config import Config
 from savant_ray.events import StepDone
-from savant_ray.training.loop_count import loops_of_step
+from savant_ray.training.seeds import loops_of_step
 from tests.training.tiny import RecordingHost, assert_equal_weights, tiny_config, trained
 
 

@@ -18,7 +18,7 @@ from savant_ray.data.token_cache import Sequences
 from savant_ray.data.tokenizer import Tokenizer, train_tokenizer
 from savant_ray.errors import TrainingError
 from savant_ray.events import StepDone
-from savant_ray.model.loss import IGNORED, cross_entropy_sum
+from savant_ray.model.loss import IGNORED, cross_entropy_sum, next_token_targets
 from savant_ray.reporting.wording import skipped_update
 from savant_ray.training.loop import train
 from savant_ray.training.state import TrainingState
@@ -62,9 +62,13 @@ def byte_tokenizer() -> Tokenizer:
 
 def loss_and_gradients(state: TrainingState, batches: Sequence[MicroBatch]) -> tuple[Tensor, Tensor]:
     """Return the sum of the losses and of the gradients of all parameters."""
-    state.gradients.zero()
+    state.gradients.flat.zero_()
     loss = torch.stack([add_gradients(state, batch) for batch in batches]).sum()
     return loss, state.gradients.flat.clone()
+
+
+def targets_of(batch: MicroBatch) -> Tensor:
+    return next_token_targets(batch.tokens_BT, batch.document_ids_BT, batch.is_trained_BT)
 
 
 def masked(batch: MicroBatch, is_trained: Tensor | bool) -> MicroBatch:
@@ -106,7 +110,7 @@ def test_packed_conversations_give_loss_and_gradients_of_one_conversation_at_a_t
     torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)
     assert gradients.norm() > 1
     torch.testing.assert_close(gradients, expected, rtol=1e-5, atol=1e-5)
-    assert sum((batch.targets() != IGNORED).sum() for batch in packed) == cached.manifest.target_tokens
+    assert sum((targets_of(batch) != IGNORED).sum() for batch in packed) == cached.manifest.target_tokens
 
 
 def test_the_loss_is_the_cross_entropy_of_the_trained_tokens_only() -> None:
@@ -135,10 +139,10 @@ def test_the_prediction_of_a_masked_token_has_exactly_zero_gradient() -> None:
     head_VD = state.model.head.weight.detach().requires_grad_()
     results = []
     for tokens_BT in (batch.tokens_BT, torch.where(batch.is_trained_BT, batch.tokens_BT, 7)):
-        loss = cross_entropy_sum(hidden_BTD, head_VD, replace(batch, tokens_BT=tokens_BT).targets())
+        loss = cross_entropy_sum(hidden_BTD, head_VD, targets_of(replace(batch, tokens_BT=tokens_BT)))
         results.append((loss, *torch.autograd.grad(loss, (hidden_BTD, head_VD))))
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True)), "whatever the masked tokens are"
-    has_no_target = batch.targets() == IGNORED
+    has_no_target = targets_of(batch) == IGNORED
     assert not results[0][1][has_no_target].any() and results[0][1][~has_no_target].any(dim=-1).all()
 
 
@@ -176,7 +180,7 @@ def test_smaller_micro_batches_after_running_out_of_memory_keep_the_mask(rows: i
     states = [tiny_state(tiny_config()) for _ in range(2)]
     states[1].set_batch_fit(replace(states[1].batch_fit, rows=rows))
     whole, parts = (step(state, batches) for state in states)
-    assert parts.tokens == whole.tokens == sum(int((batch.targets() != IGNORED).sum()) for batch in batches)
+    assert parts.tokens == whole.tokens == sum(int((targets_of(batch) != IGNORED).sum()) for batch in batches)
     assert parts.loss == pytest.approx(whole.loss, rel=1e-6)
     for a, b in zip(weights(states[0]).values(), weights(states[1]).values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)

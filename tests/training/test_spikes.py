@@ -23,7 +23,16 @@ from savant_ray.training.loop import train
 from savant_ray.training.spikes import MAX_SPIKES, MIN_STEPS, WINDOW, SpikeWindow
 from savant_ray.training.state import TrainingState
 from savant_ray.training.step import MicroBatch
-from tests.training.tiny import LENGTH, VOCABULARY, RecordingHost, tiny_config, tiny_state, unmasked, weights
+from tests.training.tiny import (
+    LENGTH,
+    VOCABULARY,
+    RecordingHost,
+    assert_equal_weights,
+    tiny_config,
+    tiny_state,
+    unmasked,
+    weights,
+)
 
 BATCH = 4
 SAVED = MIN_STEPS  # step of the checkpoint from which each test continues
@@ -212,11 +221,6 @@ def resumed(host: Host, checkpoint: dict[str, Any]) -> tuple[Host, TrainingState
 def losses(*hosts: Host) -> dict[int, float]:
     """Return the loss of each step; that of a step that was repeated counts once."""
     return {event.step: event.train_loss for host in hosts for event in host.of(StepDone)}
-
-
-def assert_equal_weights(a: TrainingState, b: TrainingState) -> None:
-    others = weights(b)
-    assert all(torch.equal(weight, others[name]) for name, weight in weights(a).items())
 
 
 def test_a_quiet_run_has_no_spikes_and_trains_as_without_them() -> None:

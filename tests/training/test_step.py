@@ -19,7 +19,6 @@ import torch.multiprocessing as mp
 
 import savant_ray.training.step as module
 from savant_ray.events import StepDone
-from savant_ray.model.loss import next_token_targets
 from savant_ray.training.efficiency import Peak
 from savant_ray.training.loop import train
 from savant_ray.training.state import new_state
@@ -34,6 +33,7 @@ from tests.training.tiny import (
     tiny_config,
     tiny_state,
     weights,
+    with_bad_losses,
 )
 
 N = 12
@@ -105,18 +105,6 @@ def test_one_and_five_workers_take_the_same_steps(tmp_path: Path) -> None:
         assert_ranks_take_the_same_steps(run_ranks(world_size, tmp_path / str(world_size)), alone)
 
 
-def with_bad_losses(bad: list[MicroBatch], value: float) -> Callable[..., torch.Tensor]:
-    """Return `cross_entropy_sum` with losses multiplied by `value` for these micro-batches."""
-    true_loss = module.cross_entropy_sum
-    bad_targets = [next_token_targets(b.tokens_BT, b.document_ids_BT) for b in bad]
-
-    def cross_entropy_sum(x: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, *others: Any) -> torch.Tensor:
-        is_bad = any(torch.equal(targets, other) for other in bad_targets)
-        return true_loss(x, head, targets, *others) * (value if is_bad else 1.0)
-
-    return cross_entropy_sum
-
-
 @pytest.mark.parametrize("bad", [(0,), (2,), (0, 1), (0, 1, 2)])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_step_with_bad_micro_batches_is_bit_for_bit_the_step_without_them(bad, value, monkeypatch) -> None:
@@ -152,7 +140,7 @@ def test_a_micro_batch_that_is_bad_only_the_second_time_is_skipped_as_well(monke
 
 def test_a_bad_loss_in_a_step_without_time_to_repeat_it_abandons_the_step(monkeypatch) -> None:
     micro_batches = rank_micro_batches(0, N, 0, 1, 4)
-    monkeypatch.setattr(module, "cross_entropy_sum", with_bad_losses(micro_batches[:1], math.nan))
+    monkeypatch.setattr(module, "cross_entropy_sum", with_bad_losses(micro_batches[:1]))
     state = tiny_state(tiny_config(deterministic=False))
     before, left = weights(state), iter([None, None, None, 0.0, -1.0, -1.0])
     result = step(state, micro_batches, lambda: next(left))
@@ -253,3 +241,16 @@ def test_the_exchange_between_ranks_is_in_the_seconds_of_the_reduction(tmp_path:
     for rank in (0, 1):
         for reduction, whole_step in json.loads((tmp_path / f"{rank}.json").read_text()):
             assert reduction >= 20.0 and reduction == pytest.approx(whole_step, rel=1e-6)
+
+
+def test_clipping_divides_by_the_tokens_and_keeps_the_norm_below_the_limit() -> None:
+    large, small = torch.tensor([30.0, 40.0]), torch.tensor([3.0, 4.0])
+    assert module.clip(large, tokens=10, max_norm=1.0) == pytest.approx(5.0)
+    torch.testing.assert_close(large, torch.tensor([0.6, 0.8]))
+    module.clip(small, tokens=10, max_norm=1.0)
+    torch.testing.assert_close(small, torch.tensor([0.3, 0.4]))
+
+
+def test_a_non_finite_gradient_gives_a_non_finite_norm() -> None:
+    assert not math.isfinite(module.clip(torch.tensor([1.0, math.nan]), 1.0, 1.0))
+    assert not math.isfinite(module.clip(torch.tensor([1.0, math.inf]), 1.0, 1.0))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
+import savant_ray.training.step as step_module
 from savant_ray.config import Config
 from savant_ray.data.order import rank_slice
 from savant_ray.events import Event, StepDone
+from savant_ray.model.loss import next_token_targets
 from savant_ray.training.host_copies import HostCopy
 from savant_ray.training.loop import train
 from savant_ray.training.state import TrainingState, new_state
@@ -183,6 +186,18 @@ def trained(
 
 def assert_equal_weights(one: TrainingState, other: TrainingState) -> None:
     assert all(torch.equal(weight, weights(other)[name]) for name, weight in weights(one).items())
+
+
+def with_bad_losses(bad: list[MicroBatch], value: float = math.nan) -> Callable[..., torch.Tensor]:
+    """Return `training.step.cross_entropy_sum` with losses multiplied by `value` for these micro-batches."""
+    true_loss = step_module.cross_entropy_sum
+    bad_targets = [next_token_targets(b.tokens_BT, b.document_ids_BT) for b in bad]
+
+    def cross_entropy_sum(x: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, *others: Any) -> torch.Tensor:
+        is_bad = any(torch.equal(targets, other) for other in bad_targets)
+        return true_loss(x, head, targets, *others) * (value if is_bad else 1.0)
+
+    return cross_entropy_sum
 
 
 def _sequence(position: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -27,7 +27,7 @@ from savant_ray.events import (
     ValidationDone,
     WorkersLost,
 )
-from savant_ray.reporting.record import METRICS, parse_event
+from savant_ray.reporting.record import METRICS, intact_events
 from savant_ray.reporting.runs import RunSummary, ending, not_saved, summarize
 
 COLUMNS = (
@@ -92,7 +92,7 @@ def read_history(run_folder: Path, is_in_use: Callable[[Path], bool]) -> History
     """
     history = History(summarize(run_folder, is_in_use), steps={})
     columns: dict[str, list[float]] = {name: [] for name in COLUMNS}
-    for line in _lines(run_folder / METRICS):
+    for line in intact_events(run_folder / METRICS):
         if line["event"] == StepDone.kind:
             for name, values in columns.items():
                 value = line.get(name)
@@ -102,13 +102,6 @@ def read_history(run_folder: Path, is_in_use: Callable[[Path], bool]) -> History
     if history.attempts and history.summary.state == "running" and history.attempts[-1].ending == Attempt.ending:
         history.attempts[-1].ending = "running"
     return history
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open("rb") as file:
-        for text in file:
-            if (line := parse_event(text)) is not None:
-                yield line
 
 
 def _add(line: dict[str, Any], history: History) -> None:

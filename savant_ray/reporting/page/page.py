@@ -159,14 +159,11 @@ def _overview(history: History) -> Iterator[tuple[str, str]]:
         )
         yield "micro-batches skipped", f"{np.nansum(steps['skipped_micro_batches']):,.0f}"
         yield "spikes", f"{len(history.spikes):,}"
-    yield "trained for", duration(history.seconds) + _in_attempts(len(history.attempts))
+    n_attempts = len(history.attempts)
+    yield "trained for", duration(history.seconds) + (f" in {n_attempts} attempts" if n_attempts > 1 else "")
     if run.seconds_left is not None:
         yield "left", duration(run.seconds_left)
     yield "last checkpoint", run.checkpoint or "none yet"
-
-
-def _in_attempts(n: int) -> str:
-    return f" in {n} attempts" if n > 1 else ""
 
 
 def _settings(histories: Sequence[History]) -> list[dict[str, Any]]:
