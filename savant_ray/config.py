@@ -404,8 +404,8 @@ class DataConfig(Section):
     on_bad_line: Literal["skip", "error"] = Field(
         default="skip", description="skip and count invalid lines, or end with an error"
     )
-    max_line_mb: Positive = Field(
-        default=64.0, description="maximum length of a line, MiB; a longer line counts as invalid"
+    max_line_mb: float = Field(
+        default=64.0, gt=0, le=100_000, description="maximum length of a line, MiB; a longer line counts as invalid"
     )
     quickstart: bool = Field(default=False, description="generate the quickstart's text files if they are missing")
 

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-import savant_ray.training.step as step_module
 from savant_ray.config import Config
 from savant_ray.data.order import rank_slice
 from savant_ray.events import Event, StepDone
+from savant_ray.model import loss
 from savant_ray.model.loss import next_token_targets
 from savant_ray.training.host_copies import HostCopy
 from savant_ray.training.loop import train
@@ -190,12 +190,11 @@ def assert_equal_weights(one: TrainingState, other: TrainingState) -> None:
 
 def with_bad_losses(bad: list[MicroBatch], value: float = math.nan) -> Callable[..., torch.Tensor]:
     """Return `training.step.cross_entropy_sum` with losses multiplied by `value` for these micro-batches."""
-    true_loss = step_module.cross_entropy_sum
     bad_targets = [next_token_targets(b.tokens_BT, b.document_ids_BT) for b in bad]
 
     def cross_entropy_sum(x: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, *others: Any) -> torch.Tensor:
         is_bad = any(torch.equal(targets, other) for other in bad_targets)
-        return true_loss(x, head, targets, *others) * (value if is_bad else 1.0)
+        return loss.cross_entropy_sum(x, head, targets, *others) * (value if is_bad else 1.0)
 
     return cross_entropy_sum
 
