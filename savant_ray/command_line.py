@@ -271,11 +271,11 @@ def depths(text: str) -> list[int]:
 
 
 def step_range(text: str) -> tuple[int | None, int | None]:
-    """Return the first and the last step of a range such as 100..200; None for an end that is left out."""
+    """Return the first and the last step of a range such as 100..200 or 100; None for an end that is left out."""
     first, dots, last = text.partition("..")
-    if not dots:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a range such as 100..200, 100.. or ..200")
-    start, end = (_step(step) if step else None for step in (first, last))
+    if not dots and not first.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a step nor a range such as 100..200, 100.. or ..200")
+    start, end = (_step(step) if step else None for step in (first, last if dots else first))
     if start is not None and end is not None and start > end:
         raise argparse.ArgumentTypeError(f"{text!r} ends before it begins")
     return start, end

@@ -103,6 +103,8 @@ def _prepare(arguments: Sequence[str]) -> int:
     if options.force and not options.quickstart:
         parser.error("--force requires --quickstart")
     if options.quickstart:
+        if options.config is None and parser.parse_known_args(arguments)[1]:
+            parser.error("--quickstart without --config only writes the text; settings have no effect")
         from savant_ray.data.quickstart import write_quickstart
 
         write_quickstart(QUICKSTART_FOLDER, force=options.force)
@@ -505,8 +507,8 @@ def _verify(arguments: Sequence[str]) -> int:
         type=step_range,
         metavar="A..B",
         default=(None, None),
-        help="steps to compare; A or B may be left out [from the initial weights, or the oldest kept checkpoint, to the "
-        "newest one]",
+        help="steps to compare, or a single one; A or B may be left out [from the initial weights, or the oldest kept "
+        "checkpoint, to the newest one]",
     )
     options = parser.parse_args(arguments)
     refuse_deleted_folder()

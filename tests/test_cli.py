@@ -301,6 +301,8 @@ def test_prepare_quickstart_writes_the_text_and_prepares_it_only_with_a_config(
     assert calls[2:] == [(Path("dataset"), False), resolve_paths(load_config(file=config))]
     assert main(["prepare", "--force"]) == 2
     assert "--force requires --quickstart" in capsys.readouterr().err
+    assert main(["prepare", "--quickstart", "--data.tokenizer", "gpt2"]) == 2
+    assert "settings have no effect" in capsys.readouterr().err
 
 
 def test_generate_prints_prompt_and_answer_and_writes_json(

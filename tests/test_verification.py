@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from savant_ray.cli import main
+from savant_ray.command_line import step_range
 from savant_ray.config import Config
 from savant_ray.data.documents import Document
 from savant_ray.data.stream import StreamPlan
@@ -356,7 +357,9 @@ def test_attempts_of_versions_without_deterministic_steps_are_repeated_as_they_w
         (["s3://bucket/run"], "only a run folder on this machine can be verified"),
         (["file:///no/run"], "/no/run: no run"),
         (["nothing_here"], "no run"),
-        (["run", "--steps", "8"], "not a range such as 100..200"),
+        (["run", "--steps", "8-9"], "neither a step nor a range such as 100..200"),
+        (["run", "--steps", ""], "neither a step nor a range"),
+        (["run", "--steps", "0"], "'0' is not a whole number from 1"),
         (["run", "--steps", "8..4"], "ends before it begins"),
     ],
 )
@@ -365,6 +368,13 @@ def test_an_argument_that_names_no_steps_of_a_run_is_refused(
 ) -> None:
     assert main(["verify", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"), [("8", (8, 8)), ("8..9", (8, 9)), ("8..", (8, None)), ("..9", (None, 9)), ("..", (None, None))]
+)
+def test_steps_to_verify_are_a_range_or_a_single_one(text: str, steps: tuple[int | None, int | None]) -> None:
+    assert step_range(text) == steps
 
 
 @pytest.mark.parametrize("on_spike", ["warn", "skip", "rewind"])
