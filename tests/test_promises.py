@@ -33,8 +33,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(interruptions: Interrupt
     with head_with_windows(folder / "windows") as head:
         torture = Torture(head, folder, folder / "windows", sys.executable, max_steps=20)
         uninterrupted = torture.train_uninterrupted()
-        torture.interrupt(interruptions, random.Random(0), log=print)
-    for run in torture.trained:
-        assert_same_run(uninterrupted, run)
+        for run in torture.interrupt(interruptions, random.Random(0)):
+            assert_same_run(uninterrupted, run)
     assert [(each.method, each.window) for each in torture.done] == list(interruptions)
     assert all(each.repeated == 0 for each in torture.done if each.method in STOPS), torture.done

@@ -24,10 +24,10 @@ if __name__ == "__main__":
             torture = Torture(head, folder, folder / "windows", sys.executable)
             uninterrupted = torture.train_uninterrupted()
             chance = random.Random(seed)
-            torture.interrupt(random_plan(n, chance), chance, console.print)
-            for run in torture.trained:
+            for run in torture.interrupt(random_plan(n, chance), chance):
                 assert_same_run(uninterrupted, run)
+                console.print(
+                    f"{len(torture.done)} interruptions in {len(torture.trained)} runs, all bit for bit equal to an "
+                    "uninterrupted run"
+                )
     console.print(hit_table(torture.done), cost_table(torture.done))
-    console.print(
-        f"{len(torture.done)} interruptions in {len(torture.trained)} runs, all bit for bit equal to an uninterrupted run"
-    )

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,13 +129,12 @@ class Torture:
         self._train("uninterrupted", deque(), random.Random(0), workers=(1,))
         return self.trained.pop()
 
-    def interrupt(self, pairs: Iterable[tuple[str, str]], chance: random.Random, log: Callable[[str], None]) -> None:
-        """Train runs to completion until all these interruptions (method, window) have happened."""
+    def interrupt(self, pairs: Iterable[tuple[str, str]], chance: random.Random) -> Iterator[Path]:
+        """Train runs to completion until all these interruptions (method, window) have happened; yield their folders."""
         plan = deque(pairs)
         while plan:
-            before = len(self.done)
             self._train(f"run{len(self.trained)}", plan, chance)
-            log(f"{self.trained[-1].name}: {len(self.done) - before} interruptions, {len(plan)} to go")
+            yield self.trained[-1]
 
     def _train(
         self, name: str, plan: deque[tuple[str, str]], chance: random.Random, workers: Sequence[int] = WORKERS
