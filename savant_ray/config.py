@@ -160,7 +160,9 @@ class ModelConfig(Section):
     positions: Literal["none", "rotary"] = Field(
         default="none", description="positional encoding: none (causal mask and windows only) or rotary embeddings"
     )
-    soft_cap: Positive = Field(default=50.0, description="soft cap of the attention scores: cap · tanh(score / cap)")
+    soft_cap: float = Field(
+        default=50.0, gt=0, le=1e6, description="soft cap of the attention scores: cap · tanh(score / cap)"
+    )
 
     @property
     def head_dim(self) -> int:

@@ -462,6 +462,7 @@ def test_json_escapes_are_read_and_duplicate_keys_are_refused(file: Path) -> Non
         ("training.learning_rate", ".nan", "expected a finite number, found .nan"),
         ("training.learning_rate", ".inf", "expected a finite number, found .inf"),
         ("data.max_line_mb", "1e308", "1.0e+308 has to be at most 100000"),
+        ("model.soft_cap", "1e39", "1.0e+39 has to be at most 1e+06"),
         ("training.learning_rate", "-1", "-1 has to be greater than 0"),
         ("training.learning_rate", "true", "expected a number, found true"),
         ("training.warmup_fraction", "1", "1 has to be less than 1"),
