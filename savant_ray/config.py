@@ -161,7 +161,7 @@ class ModelConfig(Section):
         default="none", description="positional encoding: none (causal mask and windows only) or rotary embeddings"
     )
     soft_cap: float = Field(
-        default=50.0, gt=0, le=1e6, description="soft cap of the attention scores: cap · tanh(score / cap)"
+        default=50.0, gt=0, le=1e30, description="soft cap of the attention scores: cap · tanh(score / cap)"
     )
 
     @property
@@ -407,7 +407,7 @@ class DataConfig(Section):
         default="skip", description="skip and count invalid lines, or end with an error"
     )
     max_line_mb: float = Field(
-        default=64.0, gt=0, le=100_000, description="maximum length of a line, MiB; a longer line counts as invalid"
+        default=64.0, gt=0, le=1e12, description="maximum length of a line, MiB; a longer line counts as invalid"
     )
     quickstart: bool = Field(default=False, description="generate the quickstart's text files if they are missing")
 

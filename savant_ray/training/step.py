@@ -207,11 +207,7 @@ def take_step(
         updated = math.isfinite(norm) and (spike is None or state.settings.updates_on_spike)
         if updated:
             with region("update"):
-                for group in state.optimizer.param_groups:
-                    group["lr"] = learning_rate
-                state.optimizer.step()
-                if state.average is not None:
-                    state.average.update()
+                update(state, learning_rate)
     return StepResult(
         loss=mean_loss,
         tokens=int(tokens),
@@ -376,3 +372,12 @@ def outlasts(grace_left: float | None, elapsed: float, done: int, total: int) ->
         return False
     remaining = elapsed / done * (total - done) if done else 0.0
     return remaining > grace_left
+
+
+def update(state: TrainingState, learning_rate: float) -> None:
+    """Update the weights once from the gradients in the buffer."""
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate
+    state.optimizer.step()
+    if state.average is not None:
+        state.average.update()
