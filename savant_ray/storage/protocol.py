@@ -92,7 +92,11 @@ class RunStorage(Protocol):
         """Remove a file if it exists."""
 
     def move_aside(self) -> str | None:
-        """Rename the run and return its new location; None if there is no run."""
+        """Rename the run and return its new location; None if there is no run.
+
+        Raises:
+            SavantError: another process trains this run.
+        """
 
     def in_use(self, log: Callable[[str], None] = print) -> AbstractContextManager[None]:
         """Lock the run within a `with` block; `log` receives messages about waiting for another owner.

@@ -514,6 +514,16 @@ def test_only_tables_that_earlier_versions_may_have_read_otherwise_have_another_
     assert (built() != now) == changed
 
 
+def test_a_table_with_a_column_name_that_is_not_utf_8_is_reported_by_name(
+    tmp_path: Path, byte_tokenizer: Tokenizer
+) -> None:
+    columns = pa.schema([pa.field("messages", pa.string()), pa.field(b"caf\xe9", pa.string())])
+    pa.feather.write_feather(pa.Table.from_arrays([["a"], ["b"]], schema=columns), tmp_path / "a.arrow", "uncompressed")
+    texts = [SourceText(expand(str(tmp_path / "a.arrow")), DocumentRule(messages="messages"))]
+    with pytest.raises(DataError, match=r"a\.arrow.*UTF-8"):
+        prepare(texts, byte_tokenizer, 32, tmp_path / "cache")
+
+
 def test_texts_in_a_table_with_nested_lists_keep_their_identity(
     tmp_path: Path, byte_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -147,7 +147,7 @@ class _Lines:
         first = first.removeprefix(BYTE_ORDER_MARK) if isinstance(first, bytes) else first
         self._next: deque[bytes | int] = deque([first])  # before those of `raw_lines`
         self._row: list[bytes | int] = []  # lines since the row began
-        self._problems: list[tuple[int, str]] = []  # of its lines, which are numbered from 1
+        self._problem: tuple[int, str] | None = None  # of its first invalid line: the number in the row, and the reason
         self.first = first if isinstance(first, bytes) else b""
         self.number = 0
 
@@ -159,21 +159,21 @@ class _Lines:
         self.number += 1
         self._row.append(raw)
         if isinstance(raw, int):
-            problem = over_limit("line", raw, self._limit)
-            self._problems.append((len(self._row), problem))
-            raise InvalidRecordError(problem)
+            too_long = over_limit("line", raw, self._limit)
+            self._problem = self._problem or (len(self._row), too_long)
+            raise InvalidRecordError(too_long)
         if b"\0" in raw:
-            self._problems.append((len(self._row), "contains a NUL character"))
+            self._problem = self._problem or (len(self._row), "contains a NUL character")
         try:
             return raw.decode() + "\n"
         except UnicodeDecodeError as error:
-            self._problems.append((len(self._row), invalid_utf8(raw, error)))
+            self._problem = self._problem or (len(self._row), invalid_utf8(raw, error))
             return raw.decode(errors="replace") + "\n"
 
     def begin_row(self) -> None:
         """Begin a row with the next line."""
         self._row.clear()
-        self._problems.clear()
+        self._problem = None
 
     @property
     def has_quotes(self) -> bool:
@@ -191,9 +191,10 @@ class _Lines:
         self._next.extendleft(reversed(others))
         self.number -= len(others)
         self._row = [first]
-        self._problems = [(line, problem) for line, problem in self._problems if line == 1]
+        if self._problem is not None and self._problem[0] > 1:
+            self._problem = None
         return first.decode(errors="replace") if isinstance(first, bytes) else ""
 
     def problem(self) -> str:
         """Return why one of the lines of the row is invalid; "" if none is."""
-        return self._problems[0][1] if self._problems else ""
+        return self._problem[1] if self._problem is not None else ""

@@ -72,10 +72,12 @@ def read_schema(file: SourceFile) -> pa.Schema:
     """Return the columns of a table.
 
     Raises:
-        Exception: the file is damaged.
+        Exception: the file is damaged, or a name is not UTF-8.
     """
     with closing(_open(file)) as table:
-        return table.schema
+        schema = table.schema
+        schema.names  # noqa: B018 - decodes them
+        return schema
 
 
 def has_nested_items(schema: pa.Schema, name: str | None) -> bool:
@@ -185,9 +187,8 @@ class _Table(ABC):
     """An open table."""
 
     schema: pa.Schema
-    is_truncated = (
-        False  # of a stream, known when all its batches have been read; other truncated files cannot be opened
-    )
+    # Of a stream, known when all its batches have been read; other truncated files cannot be opened.
+    is_truncated = False
 
     def __init__(self, stored: pa.NativeFile) -> None:
         self._stored = stored
