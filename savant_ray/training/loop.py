@@ -119,16 +119,17 @@ def train(state: TrainingState, config: Config, local_batches: Iterable[Sequence
             started = time.perf_counter()
             result = step_with_oom_retry(state, local_batch, rate, settings.gradient_clip, host, n_loops)
             seconds = data_wait + time.perf_counter() - started
-            spike_to_leave_out = result.spike if settings.on_spike == "rewind" else None
-            if spike_to_leave_out is not None and not result.stop:
-                rewind(state, spike_to_leave_out, settings.effective_batch, host)
-                saved_step, batches = min(saved_step, state.step), iter(host.local_batches(state))
-                profiler.before_step(state.step + 1)
-                continue
-            if result.abandoned:
+            if result.spike is not None and settings.on_spike == "rewind":
+                rewind(state, result.spike, settings.effective_batch, host)
+                saved_step = min(saved_step, state.step)
+                if not result.stop:
+                    batches = iter(host.local_batches(state))
+                    profiler.before_step(state.step + 1)
+                    continue
+            elif result.abandoned:
                 text = f"step {state.step + 1:,} would outlast the grace period: abandoned, nothing is lost"
                 host.emit(Notice(text=text))
-            elif spike_to_leave_out is None:  # otherwise it is taken again, and training rewinds, after the resume
+            else:
                 if result.spike is not None and host.rank == 0:
                     host.emit(spike_found(state, result.spike, settings.effective_batch, not result.updated))
                 count_step(state, result, settings.effective_batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import random
 from collections.abc import Iterator
 from functools import cache
@@ -211,8 +212,13 @@ def trained(config: Config, bad: set[int], **others: Any) -> tuple[Host, Trainin
     return resumed(Host(config, bad, **others), quiet_checkpoint())
 
 
-def resumed(host: Host, checkpoint: dict[str, Any]) -> tuple[Host, TrainingState]:
+def resumed(
+    host: Host, checkpoint: dict[str, Any], files: dict[str, bytes] | None = None
+) -> tuple[Host, TrainingState]:
+    """Train on from a checkpoint in a run folder with these files."""
     state = loaded(host.config, checkpoint)
+    for content in (files or {}).values():
+        state.left_out = tuple((first, n_sequences) for first, n_sequences in json.loads(content))
     host.checkpoint, host.step = checkpoint, state.step
     host.train(state)
     return host, state
@@ -279,11 +285,32 @@ def test_a_run_that_stops_before_in_or_after_a_spike_resumes_bit_for_bit(action:
     config, bad = spiky(on_spike=action), positions_of(QUIET + 1)
     straight_host, straight = trained(config, bad)
     first, _ = trained(config, bad, stop_at=stop_at)
-    second, state = resumed(Host(config, bad), first.checkpoint)
+    second, state = resumed(Host(config, bad), first.checkpoint, first.files)
     assert losses(first, second) == losses(straight_host)
     assert state.left_out == straight.left_out == (((QUIET * BATCH, BATCH),) if action == "rewind" else ())
     assert len(first.of(SpikeFound) + second.of(SpikeFound)) == (action != "rewind")
     assert_equal_weights(state, straight)
+
+
+def test_weights_that_an_error_of_the_hardware_has_damaged_are_not_saved_by_a_stop_in_the_step_that_shows_it() -> None:
+    class Damaging(Host):
+        def local_batches(self, state: TrainingState) -> Iterator[list[MicroBatch]]:
+            for batch in super().local_batches(state):
+                if state.step == QUIET:
+                    with torch.no_grad():
+                        state.model.head.weight.mul_(-1000)
+                yield batch
+
+    config = spiky(on_spike="rewind")
+    first, _ = resumed(Damaging(config, set(), stop_at=QUIET + 1), quiet_checkpoint())
+    (rewound,) = first.of(Rewound)
+    assert (rewound.step, rewound.spike.step) == (SAVED, QUIET + 1) and not first.saved
+    _, state = resumed(Host(config, set()), first.checkpoint, first.files)
+    undamaged = loaded(config, quiet_checkpoint())
+    undamaged.left_out = state.left_out
+    Host(config, set()).train(undamaged)
+    assert state.left_out == ((QUIET * BATCH, BATCH),) and state.step == STEPS
+    assert_equal_weights(state, undamaged)
 
 
 def test_sequences_of_several_spikes_are_left_out() -> None:
