@@ -202,7 +202,7 @@ def test_a_script_is_interrupted_and_resumes_and_its_child_process_survives(resu
     job = python(SCRIPT, workplace, json.dumps(settings(training__max_steps=100_000, validation__every_steps=100_000)))
     wait_for(lambda: steps_done(workplace / "tiny") > 3 or job.poll() is not None)
     job.send_signal(signal.SIGINT)
-    printed, _ = job.communicate(timeout=120)
+    printed, _ = job.communicate(timeout=600)
     assert "interrupted\nchild lives: True" in printed and "Traceback" not in printed, printed
     newest = newest_checkpoint(workplace / "tiny")
     assert newest is not None and int(newest.name[5:]) == steps_done(workplace / "tiny")
@@ -210,7 +210,7 @@ def test_a_script_is_interrupted_and_resumes_and_its_child_process_survives(resu
         return
 
     more = steps_done(workplace / "tiny") + 3
-    printed, _ = python(SCRIPT, workplace, json.dumps(settings(training__max_steps=more))).communicate(timeout=120)
+    printed, _ = python(SCRIPT, workplace, json.dumps(settings(training__max_steps=more))).communicate(timeout=600)
     assert f"result {more} True {workplace}/tiny/step_{more} ['best_validation_loss'" in printed, printed
     assert "child lives: True" in printed and "Traceback" not in printed, printed
 
@@ -219,7 +219,7 @@ def test_a_script_is_interrupted_and_resumes_and_its_child_process_survives(resu
 @pytest.mark.rare
 def test_a_notebook_trains_twice_in_the_ray_that_it_started(tmp_path: Path) -> None:
     job = python(NOTEBOOK, with_text(tmp_path), json.dumps(settings()))
-    printed, _ = job.communicate(timeout=240)
+    printed, _ = job.communicate(timeout=600)
     assert job.returncode == 0 and "Traceback" not in printed, printed
     assert "Ray answers 42 - child lives: True" in printed and "steps 8 10 True" in printed, printed
     assert "step 8/8" in printed and "resuming from" in printed, "the cell shows what training prints"

@@ -211,7 +211,7 @@ def start_program(command: list[str], folder: Path, variables: dict[str, str]) -
 def run_job(head: Head, workplace: Path, *flags: str, **changes: Any) -> tuple[int, str]:
     """Run a job to its end; return its exit code and what it printed."""
     job = start_job(head, workplace, *flags, **changes)
-    printed, _ = job.communicate(timeout=300)
+    printed, _ = job.communicate(timeout=600)
     return job.returncode, printed
 
 

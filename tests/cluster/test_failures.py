@@ -70,7 +70,7 @@ def test_workers_that_fail_too_often_end_the_run_and_the_message_says_how_to_res
     wait_for(lambda: steps_saved(workplace / "tiny"))
     (worker,) = training_workers()
     os.kill(worker.pid, signal.SIGKILL)
-    printed, _ = job.communicate(timeout=120)
+    printed, _ = job.communicate(timeout=600)
     assert job.returncode == 1 and "run the same command again" in printed, printed
     assert "Traceback" not in printed
 
@@ -85,7 +85,7 @@ def test_an_error_in_a_worker_names_it_its_cause_and_the_last_checkpoint(head: H
     job = start_job(head, workplace, **NEVER_AGAIN)
     wait_for(lambda: log.read_text().count("starting workers") > starts)  # until then the driver would mend it
     shard.write_bytes(bytes(shard.stat().st_size))  # what reads it raises a ValueError, in the worker only
-    printed, _ = job.communicate(timeout=120)
+    printed, _ = job.communicate(timeout=600)
     assert job.returncode == 1 and "error: worker 0: " in printed and "Not an Arrow file" in printed, printed
     assert "run the same command again to resume from step_8" in printed and "Traceback" not in printed, printed
 
@@ -118,7 +118,7 @@ def test_ctrl_c_during_compilation_saves_the_first_step_and_a_second_one_exits(
     if second:
         wait_for(lambda: "stopping: " in (run / "training_log.txt").read_text())
         job.send_signal(signal.SIGINT)
-    printed, _ = job.communicate(timeout=120)
+    printed, _ = job.communicate(timeout=600)
     assert job.returncode == 75, printed
     if second:
         assert "resume from the beginning (no checkpoint yet)" in printed and steps_saved(run) == []
@@ -134,6 +134,6 @@ def test_a_signal_during_data_preparation_ends_the_run_before_workers_start(head
     log = workplace / "tiny/training_log.txt"
     wait_for(lambda: log.exists() and "tokenizing" in log.read_text())
     job.send_signal(signal.SIGTERM)
-    printed, _ = job.communicate(timeout=60)
+    printed, _ = job.communicate(timeout=600)
     assert job.returncode == 75 and "resume from the beginning" in printed, printed
     assert "starting workers" not in printed and not training_workers()

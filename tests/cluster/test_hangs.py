@@ -32,7 +32,7 @@ def test_a_stopped_worker_is_killed_and_named_and_training_goes_on(head: Head, w
     )
     wait_for(lambda: (run / "step_4").exists() or job.poll() is not None)
     training_workers()[0].suspend()
-    printed, _ = job.communicate(timeout=120)
+    printed, _ = job.communicate(timeout=600)
     assert job.returncode == 0 and "made no progress for" in printed and "its process was stopped" in printed, printed
     assert "the steps since the last checkpoint are repeated" in printed
     assert len(losses(run)) == 12 and len(records(run, "attempt")) > 1
@@ -48,7 +48,7 @@ def test_an_only_worker_that_hangs_in_its_start_is_killed_and_named_and_the_run_
     site = f"{ROOT / 'tests/torture/hang_site'}{os.pathsep}{ROOT}"
     command = [sys.executable, str(ROOT / "jobs/train.py"), *options(scaling__hang_seconds=5.0)]
     job = start_program(command, workplace, environment(HANGS=str(requests), PYTHONPATH=site))
-    printed, _ = job.communicate(timeout=300)
+    printed, _ = job.communicate(timeout=600)
     assert job.returncode == 0 and "worker 0 made no progress for" in printed, printed
     hang = records(run, "hang")[0]
     assert hang["activity"] == "starting" and "TrainingThread" in hang["stack"]
@@ -63,7 +63,7 @@ def test_on_a_cluster_an_actor_between_driver_and_workers_that_is_stopped_ends_t
     (bridge,) = processes_of_job("ray::Bridge")
     bridge.suspend()
     try:
-        printed, _ = job.communicate(timeout=200)
+        printed, _ = job.communicate(timeout=600)
     finally:
         with suppress(psutil.NoSuchProcess):
             bridge.kill()

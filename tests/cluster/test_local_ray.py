@@ -39,7 +39,7 @@ def killed(workplace: Path, victim: str) -> tuple[int, str, list[psutil.Process]
     driver = psutil.Process(job.pid)
     processes = {process: name_of(process) for process in [driver, *driver.children(recursive=True)]}
     (driver if victim == "driver" else next(p for p, name in processes.items() if victim in name)).kill()
-    printed, _ = job.communicate(timeout=60)
+    printed, _ = job.communicate(timeout=600)
     wait_for(lambda: not any(process.is_running() for process, name in processes.items() if "Agent" not in name), 30)
     with locked(run):
         return job.returncode, printed, list(processes)
@@ -100,7 +100,7 @@ def test_a_killed_process_of_its_own_ray_is_reported_and_the_same_command_resume
     if not resumes:
         return
     job = start(workplace, training__max_steps=int(newest.name.removeprefix("step_")) + 3)
-    printed, _ = job.communicate(timeout=120)
+    printed, _ = job.communicate(timeout=600)
     assert job.returncode == 0 and f"resuming from {newest}" in printed, printed
     assert len(records(workplace / "tiny", "attempt")) == len(victims) + 1
     assert len(losses(workplace / "tiny")) == int(newest.name[5:]) + 3

@@ -113,7 +113,7 @@ def test_exported_metrics_equal_the_record_and_have_labels_for_run_and_rank(scra
     wait_for(lambda: len(scrape(scraped.targets).get("ray_savant_memory_gb", [])) == 2, seconds=30)
     found = scrape(scraped.targets)
     job.send_signal(signal.SIGTERM)
-    printed, _ = job.communicate(timeout=120)
+    printed, _ = job.communicate(timeout=600)
     assert job.returncode == 75, printed
 
     check_that_panels_are_fed(found, run)
@@ -191,7 +191,7 @@ def test_faults_are_counted_per_worker(scraped: Scraped) -> None:
     counted = {metric.prometheus_name for metric in METRICS if metric.is_counter} - {"ray_savant_tokens_total"}
     wait_for(lambda: counted <= set(scrape(scraped.targets)))
     found = scrape(scraped.targets)
-    worker.communicate(timeout=60)
+    worker.communicate(timeout=600)
     assert {name: of_rank(found[name], 1) for name in counted} == {
         "ray_savant_skipped_micro_batches_total": 2,
         "ray_savant_skipped_updates_total": 1,

@@ -35,7 +35,7 @@ def log(run: Path) -> str:
 
 
 def end(job: subprocess.Popen[str]) -> tuple[int, str]:
-    printed, _ = job.communicate(timeout=120)
+    printed, _ = job.communicate(timeout=600)
     print(printed)
     return job.returncode, printed
 

@@ -78,7 +78,7 @@ def upload_text(store: ObjectStore, folder: Path) -> None:
 
 
 def end(job: subprocess.Popen[str]) -> tuple[int, str]:
-    printed, _ = job.communicate(timeout=180)
+    printed, _ = job.communicate(timeout=600)
     return job.returncode, printed
 
 

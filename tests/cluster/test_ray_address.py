@@ -181,7 +181,7 @@ def test_a_signal_while_a_cluster_that_may_be_gone_is_asked_ends_the_run(tmp_pat
         run = start_program(command, tmp_path, environment(RAY_TMPDIR=str(tmp_path)))
         with listener.accept()[0]:  # never responds
             run.send_signal(signal.SIGTERM)
-            printed, _ = run.communicate(timeout=60)
+            printed, _ = run.communicate(timeout=600)
     assert (run.returncode, printed) == (75, "stopped before the run was opened\n")
 
 

@@ -65,7 +65,7 @@ def test_ray_job_stop_saves_the_step_and_the_next_submission_resumes_from_it(
     assert job.poll() is None, job.communicate()
     stop = [Path(sys.executable).parent / "ray", "job", "stop", "--address", head.dashboard, name]
     assert subprocess.run(stop, env=environment(RAY_AUTH_MODE="disabled"), timeout=120).returncode == 0
-    printed, _ = job.communicate(timeout=60)
+    printed, _ = job.communicate(timeout=600)
 
     info = JobSubmissionClient(head.dashboard).get_job_info(name)
     assert info.status == JobStatus.STOPPED
@@ -79,7 +79,7 @@ def test_ray_job_stop_saves_the_step_and_the_next_submission_resumes_from_it(
 
     write_config(folder / "configs/own.yaml", workplace, max_steps=stopped_at + 5)
     again = make_submit(head, folder, "configs/own.yaml")
-    printed, _ = again.communicate(timeout=300)
+    printed, _ = again.communicate(timeout=600)
     assert again.returncode == 0 and f"step_{stopped_at}" in printed, printed
     assert records(run, "attempt")[-1]["step"] == stopped_at and len(losses(run)) == stopped_at + 5
 

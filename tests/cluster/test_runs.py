@@ -298,7 +298,7 @@ def test_without_a_cluster_a_run_starts_its_own_ray_and_a_signal_to_its_process_
     steps = len(records(run, "step"))
     wait_for(lambda: len(records(run, "step")) > steps)
     os.killpg(job.pid, stop)
-    printed, noise = job.communicate(timeout=60)
+    printed, noise = job.communicate(timeout=600)
     assert job.returncode == 75 and "stopped and saved as" in printed and "run the same command" in printed, printed
     assert checkpoints(run)[-1].name == f"step_{len(losses(run))}"
     assert noise == "", "the noise of a healthy Ray is not the user's"

@@ -123,7 +123,7 @@ def test_a_job_is_submitted_and_stopped_with_a_token(cluster: Cluster, workplace
     name = submission(job)
     wait_for(lambda: job.poll() is not None or steps_done(run) >= 5)
     assert cluster.run(*named(typed("ray job stop"), name)).returncode == 0
-    printed, _ = job.communicate(timeout=60)
+    printed, _ = job.communicate(timeout=600)
     stopped_at = len(losses(run))
     assert stopped_at >= 5 and checkpoints(run)[-1].name == f"step_{stopped_at}", printed
 

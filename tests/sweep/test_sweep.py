@@ -248,12 +248,12 @@ def test_an_interrupted_sweep_resumes_its_runs_and_compares_them(tmp_path: Path)
     job = start_sweep(tmp_path)
     wait_for(lambda: newest_checkpoint(first) is not None)
     os.kill(job.pid, signal.SIGINT)
-    printed, _ = job.communicate(timeout=200)
+    printed, _ = job.communicate(timeout=600)
     assert job.returncode == STOPPED_EARLY and "the same command resumes" in printed, printed
     assert "Configuration for experiment" not in printed, "Tune's own output"
 
     job = start_sweep(tmp_path)
-    printed, _ = job.communicate(timeout=280)
+    printed, _ = job.communicate(timeout=600)
     assert job.returncode == 0, printed
     assert len(records(first, "attempt")) == 2 and records(first, "end")[-1]["step"] == 60
     assert newest_checkpoint(second) is not None, "a trial that is stopped early keeps its checkpoint"
@@ -266,5 +266,5 @@ def test_an_interrupted_sweep_resumes_its_runs_and_compares_them(tmp_path: Path)
 
     (tmp_path / "space.yaml").write_text("training.learning_rate: {grid_search: [0.03]}\n")
     job = start_sweep(tmp_path)
-    printed, _ = job.communicate(timeout=100)
+    printed, _ = job.communicate(timeout=600)
     assert job.returncode == 2 and "choose another run.name" in printed
