@@ -23,6 +23,8 @@ from ray._common.utils import reset_ray_address
 from ray._private.utils import get_ray_address_file, write_ray_address
 from ray.cluster_utils import Cluster
 
+from savant_ray.reporting.record import METRICS, read_records
+
 ROOT = Path(__file__).parents[2]
 WORDS = "red blue green one two three four five six seven eight nine ten cat dog tree sea sun".split()
 
@@ -216,12 +218,12 @@ def run_job(head: Head, workplace: Path, *flags: str, **changes: Any) -> tuple[i
 
 
 def records(run: Path, event: str) -> list[dict[str, Any]]:
-    lines = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
-    return [line for line in lines if line["event"] == event]
+    """Return the lines of an event in the run's record so far."""
+    return [line for line in read_records(run / METRICS) if line["event"] == event]
 
 
 def steps_done(run: Path) -> int:
-    return len(records(run, "step")) if (run / "metrics.jsonl").exists() else 0
+    return len(records(run, "step")) if (run / METRICS).exists() else 0
 
 
 def losses(run: Path) -> list[float]:

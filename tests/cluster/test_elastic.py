@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import random
 import signal
@@ -19,6 +18,7 @@ import torch
 from savant_ray.config import Config
 from savant_ray.data.stream import StreamPlan
 from savant_ray.model.loss import IGNORED, next_token_targets
+from savant_ray.reporting.record import METRICS, read_records
 from savant_ray.training.checkpoint import newest_checkpoint
 from tests.cluster.conftest import losses, records, start_job, steps_done, wait_for
 from tests.cluster.nodes import Nodes, running_nodes
@@ -170,5 +170,5 @@ def attempts(run: Path) -> list[dict[str, Any]]:
 
 def steps_of_last_attempt(run: Path) -> int:
     """Return how many steps the last attempt has recorded; those of earlier ones after its start are soon removed."""
-    events = (json.loads(line)["event"] for line in reversed((run / "metrics.jsonl").read_text().splitlines()))
-    return sum(event == "step" for event in itertools.takewhile(lambda event: event != "attempt", events))
+    events = [line["event"] for line in read_records(run / METRICS)]
+    return sum(event == "step" for event in itertools.takewhile(lambda event: event != "attempt", reversed(events)))
