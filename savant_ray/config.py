@@ -605,8 +605,8 @@ class ScalingConfig(Section):
     hang_seconds: Annotated[float, Field(ge=MIN_HANG_SECONDS, le=MAX_HANG_SECONDS)] | Auto | None = Field(
         default="auto",
         description="a worker without progress for this time is killed, and training continues from the last checkpoint; "
-        "auto: 20 median steps, at least 60 s; 10 times as long while it starts, compiles or validates, 60 times while it "
-        "reads or writes checkpoints; null: no limit",
+        "auto: 20 median steps, at least 60 s; 10 times as long while it starts, compiles, begins to read its sequences or "
+        "validates, 60 times while it reads or writes checkpoints; null: no limit",
     )
 
     @property

@@ -39,8 +39,8 @@ def collective_timeout(hang_seconds: float | Literal["auto"] | None) -> float:
 
     `HangWatch` ends most hangs earlier and names the worker that the others wait for. Its limit is longer than this timeout
     only while that worker reads or writes checkpoints, and with `auto` if steps are long (more than 3 minutes; 18 s while it
-    starts, compiles or validates). With null there is no limit. The timeout also limits how long workers wait for each other
-    when they start.
+    starts, compiles, begins to read its sequences or validates). With null there is no limit. The timeout also limits how
+    long workers wait for each other when they start.
     """
     if hang_seconds in ("auto", None):
         return COLLECTIVE_SECONDS

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 # Factors of the usual time limit.
-SLOW = 10.0  # starting, compiling, validating
+SLOW = 10.0  # starting, compiling, validating, the first reading of sequences
 STORAGE = 60.0  # reading and writing checkpoints: storage may be slow, and has time limits of its own
 
 

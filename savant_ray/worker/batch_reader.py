@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -15,7 +16,7 @@ from savant_ray.config import Config
 from savant_ray.data.stream import BYTES_PER_TOKEN, StepStream
 from savant_ray.errors import error_context
 from savant_ray.training.device import raise_memory_cap_error_on_oom
-from savant_ray.training.progress import PROGRESS
+from savant_ray.training.progress import PROGRESS, SLOW
 from savant_ray.training.state import TrainingState, micro_batch_size
 from savant_ray.training.step import MicroBatch, micro_batches
 
@@ -69,8 +70,8 @@ class BatchReader:
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         local_batches = self._prefetched(*self._buffers) if self._buffers else self._on_request()
         with closing(local_batches):
-            while True:
-                PROGRESS.begin("waiting for the sequences of a step")
+            for limit_factor in itertools.chain([SLOW] * 2, itertools.repeat(1.0)):  # Ray Data's read task has to start
+                PROGRESS.begin("waiting for the sequences of a step", limit_factor)
                 local_batch = next(local_batches, None)
                 PROGRESS.begin("computing")
                 if local_batch is None:

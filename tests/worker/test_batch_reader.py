@@ -17,6 +17,7 @@ from savant_ray.data.token_cache import Sequences
 from savant_ray.errors import describe
 from savant_ray.events import StepDone
 from savant_ray.training.loop import train
+from savant_ray.training.progress import PROGRESS, SLOW
 from savant_ray.training.state import TrainingState
 from savant_ray.training.step import MicroBatch
 from savant_ray.worker.batch_reader import BatchReader
@@ -60,6 +61,7 @@ class TinyStream:
         self.first_micro_batch = 0
         self.closed = threading.Event()
         self.n_read = 0
+        self.limit_factors: list[float] = []  # of the hang limit, while each step is read
 
     def steps(self, start_position: int, n_steps: int) -> Generator[LocalSequences, None, None]:
         try:
@@ -67,6 +69,7 @@ class TinyStream:
                 if step == self.fails_at:
                     raise OSError("the disk is gone")
                 self.n_read += 1
+                self.limit_factors.append(PROGRESS.newest.limit_factor)
                 yield self.read(start_position + step * self.effective_batch)
         finally:
             self.closed.set()
@@ -132,6 +135,14 @@ def test_micro_batches_are_numbered_from_the_first_of_the_rank(device: str) -> N
     stream.first_micro_batch = 5
     for local_batch in BatchReader(stream, 0, 2, tiny_config(deterministic=True), torch.device(device)):
         assert [(batch.index, len(batch.positions)) for batch in local_batch] == [(5, 4), (6, 4), (7, 2)]
+
+
+def test_the_start_of_the_read_task_on_a_busy_machine_may_take_as_long_as_that_of_a_worker() -> None:
+    for _ in range(2):  # a rewind starts another read task
+        stream = TinyStream()
+        for _ in BatchReader(stream, 0, 4, tiny_config(), torch.device("cpu")):
+            PROGRESS.end_step()
+        assert stream.limit_factors[1:] == [SLOW, 1.0, 1.0], "the first step is read without Ray Data"
 
 
 @pytest.mark.parametrize("device", DEVICES)
