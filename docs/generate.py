@@ -370,7 +370,7 @@ def checkpoint() -> Sequence[Entry]:
         Entry(TOKENIZER, "the tokenizer"),
         Entry(TEMPLATE_FILE, "the chat template of the tokenizer, if it has one"),
         Entry(SETTINGS_FILE, "the special tokens of the chat template, if there is one"),
-        Entry(RECORDS, f"the lines of {METRICS} since the previous checkpoint"),
+        Entry(RECORDS, f"the lines of {METRICS} that the driver may not have recorded"),
         Entry(MANIFEST, "step, data fingerprint, size and SHA-256 of each file; written last"),
     ]
 

@@ -37,6 +37,9 @@ from savant_ray.streams import open_standard_streams
 
 POLL_SECONDS = 0.5
 BLOCK_BYTES = 1 << 16
+# Sent to the child if the caller requests a stop, and if the caller ends or an exception interrupts it. Unlike a second
+# SIGTERM, a SIGUSR1 after a SIGTERM does not end a run before it has saved.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 CHILD_CODE = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing to save before the driver installs its handler
@@ -160,7 +163,7 @@ def _start_child(connection: socket.socket) -> subprocess.Popen[bytes]:
     streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if replaced else {}
     path = [entry for entry in sys.path if isinstance(entry, str)]  # Python ignores others, such as a `Path`
     # The child inherits this: a stop request is delayed until `_train` can return a result.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         return subprocess.Popen(
             [sys.executable or "", "-c", CHILD_CODE.format(path=path, descriptor=connection.fileno())],
@@ -224,7 +227,7 @@ def _wait(child: subprocess.Popen[bytes], connection: socket.socket) -> tuple[bo
                 return interrupted, b"".join(response)
     finally:  # also after an exception that a signal handler of the caller raised
         if child.poll() is None:
-            child.terminate()
+            child.send_signal(signal.SIGUSR1)
             _forward_output(child, decoder)  # otherwise it may wait for room in the pipe
             child.wait()
         if child.stdout is not None:
@@ -271,10 +274,10 @@ def _parse_response(response: dict[str, Any]) -> Result:
 
 
 def _stop_when_caller_exits(caller: socket.socket) -> None:
-    """Stop the run by SIGTERM when the caller's process has exited, which closes its end of the socket."""
+    """Stop the run when the caller's process has exited, which closes its end of the socket."""
     with suppress(OSError):
         caller.recv(1)
-    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGUSR1)
 
 
 def _train(settings: dict[str, Any], options: dict[str, bool]) -> tuple[int, dict[str, Any]]:
@@ -285,8 +288,9 @@ def _train(settings: dict[str, Any], options: dict[str, bool]) -> tuple[int, dic
     config, error, code = Config.from_validated(settings), None, 0
     try:
         config = resolve_paths(config)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the driver installs its handler
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.default_int_handler)  # until the driver installs its handlers
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         code = train(config, **options)
     except ExitWithoutShutdown as end:
         code, error = end.code, end.error

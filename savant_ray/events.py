@@ -116,6 +116,11 @@ class AttemptEnded(Event):
     finished: bool  # whether `training.max_steps` is reached
     saved_step: int  # step of the newest checkpoint; 0 = none
 
+    @property
+    def is_saved(self) -> bool:
+        """Whether the last step is saved."""
+        return self.saved_step >= self.step
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunResumed(Event):

@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -131,10 +132,48 @@ STOPS_WITH_MUCH_OUTPUT = """
 def stop(*_):
     os.write(1, b"x" * 200_000)  # more than a pipe holds
     os._exit(1)
-signal.signal(signal.SIGTERM, stop)
-signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+signal.signal(signal.SIGUSR1, stop)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
 time.sleep(60)
 """
+
+
+SAVES_UNLESS_STOPPED_TWICE = """
+def stop(*_):  # as in the driver, a second SIGTERM would end the wait for the save, and a SIGUSR1 does not
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    open("stopping", "w").close()
+signal.signal(signal.SIGTERM, stop)
+signal.signal(signal.SIGUSR1, stop)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM, signal.SIGUSR1])
+open("ready", "w").close()
+while not os.path.exists("may_end"):
+    time.sleep(0.01)
+open("saved", "w").close()
+os._exit(1)
+"""
+
+
+def test_an_exception_of_the_caller_after_a_stop_was_requested_does_not_prevent_the_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        threading.Timer(0.5, Path("may_end").touch).start()
+        raise TimeoutError
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", training_process(tmp_path, SAVES_UNLESS_STOPPED_TWICE))
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        wait = threading.Thread(
+            target=lambda: (wait_for(Path("stopping").exists), os.kill(os.getpid(), signal.SIGALRM))
+        )
+        wait.start()
+        with pytest.raises(TimeoutError):
+            savant_ray.train({}, stop_requested=Path("ready").exists)
+    finally:
+        wait.join()
+        signal.signal(signal.SIGALRM, previous)
+    assert Path("saved").exists()
 
 
 def test_output_of_a_run_that_an_exception_of_the_caller_stops_is_printed(

@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from savant_ray.cluster.session import check_ray_actors, check_ray_processes
 from savant_ray.errors import TrainingError
-from savant_ray.events import Event, RunFailed, WorkersLost, WorkersStarted
+from savant_ray.events import CheckpointSaved, Event, RunFailed, WorkersLost, WorkersStarted
 
 RAY_CHECK_SECONDS = 0.5  # if the answer to a call is overdue by this, Ray's own processes are checked
 LAST_ANSWER_SECONDS = 1.0  # for the last events, after Ray has failed
@@ -142,6 +142,9 @@ class Bridge:
 
     def __init__(self) -> None:
         self._events: list[Event] = []
+        # Numbers of saved checkpoints: among `_events`, and among the events that the driver took last and may not have
+        # recorded yet.
+        self._checkpoints_waiting = self._checkpoints_taken = 0
         self._senders: dict[str, EventReorderer] = {}
         self._has_events = asyncio.Event()
         self._stop = asyncio.Event()
@@ -149,31 +152,42 @@ class Bridge:
         self._failed = False
         self._heartbeats = HeartbeatTable()
 
-    async def send(self, event: Event, sender: str, number: int) -> None:
+    async def send(self, event: Event, sender: str, number: int) -> int:
         """Add an event that a worker, or `FailureCallback` in Ray Train's controller, has sent; `number` counts from 0.
 
-        Returns after this event and all earlier ones of the sender have been added.
+        Returns after this event and all earlier ones of the sender have been added; the value is the number of checkpoints
+        whose events the driver may not have recorded yet.
         """
         if sender not in self._senders:
             self._senders[sender] = EventReorderer(self._add)
         await self._senders[sender].add(event, number)
+        return self._checkpoints_waiting + self._checkpoints_taken
 
     def _add(self, event: Event) -> None:
         match event:
             case RunFailed():
+                if self._failed:  # several workers may end with the same error, or with another one as its consequence
+                    return
                 self._failed = True
             case WorkersLost():
                 if self._failed:  # a worker has sent its error
                     return
                 self._heartbeats.clear()
+            case CheckpointSaved():
+                self._checkpoints_waiting += 1
         self._events.append(event)
         self._has_events.set()
 
     async def take(self, seconds: float) -> tuple[list[Event], list[LatestHeartbeat]]:
-        """Return all events since the last call, and the workers' heartbeats; wait up to `seconds` for the first event."""
+        """Return all events since the last call, and the workers' heartbeats; wait up to `seconds` for the first event.
+
+        The driver has recorded the events of its last call before it calls again.
+        """
+        self._checkpoints_taken = 0
         await _wait(self._has_events, seconds)
         self._has_events.clear()
         events, self._events = self._events, []
+        self._checkpoints_taken, self._checkpoints_waiting = self._checkpoints_waiting, 0
         return events, self._heartbeats.all
 
     async def has_failed(self) -> bool:

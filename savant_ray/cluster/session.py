@@ -96,7 +96,7 @@ def ray_session(verbose: bool = False, notify: Callable[[str], None] = print) ->
     if cluster is None:
         choose_temp_folder(notify)
     address = "local" if cluster is None else cluster.host_port
-    with start_errors_explained(cluster), block_sighup(), processes_in_own_groups():
+    with start_errors_explained(cluster), block_notices(), processes_in_own_groups():
         context = ray.init(
             address,
             num_cpus=usable_cores() if cluster is None else None,
@@ -146,13 +146,14 @@ def start_errors_explained(cluster: ClusterAddress | None) -> Iterator[None]:
 
 
 @contextmanager
-def block_sighup() -> Iterator[None]:
-    """Block SIGHUP in the processes that are started in the `with` block, so that closing the terminal does not end them.
+def block_notices() -> Iterator[None]:
+    """Block SIGHUP and SIGUSR1 in the processes that are started in the `with` block.
 
-    Child processes inherit the signal mask of the thread that starts them; Ray uses the same method for SIGINT. Only the
-    calling thread blocks SIGHUP, so this process still handles it, in another of its threads.
+    A closed terminal sends SIGHUP, and Slurm sends SIGUSR1, to all processes of a job. Child processes inherit the signal
+    mask of the thread that starts them; Ray uses the same method for SIGINT. Only the calling thread blocks the signals, so
+    this process still handles them, in another of its threads.
     """
-    previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGUSR1})
     try:
         yield
     finally:

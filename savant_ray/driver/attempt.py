@@ -102,7 +102,7 @@ def open_attempt(
             yield attempt
         except KeyboardInterrupt:
             storage.expect_late_writes()
-            report.notify(
+            report.conclude(
                 f"stopped without saving; run the same command again to resume from {attempt.newest_checkpoint()}"
             )
             raise ExitWithoutShutdown(STOPPED_EARLY) from None

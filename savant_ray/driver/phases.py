@@ -7,21 +7,29 @@ SIGTERM ends the process immediately.
 
 A terminal that closes sends SIGHUP, often twice (from its shell and from the kernel), so a second SIGHUP has no effect, nor
 has a second SIGUSR1, which batch systems such as Slurm send before they end a job. Under `nohup` SIGHUP remains ignored.
+`timeout` sends SIGTERM twice within microseconds, to the command and to its process group, so a SIGTERM right after another
+one has no effect either.
+
+Once the workers have finished and their last step is saved, nothing can be lost: a signal then ends only the wait for Ray
+Train, with the exit code of the run.
 """
 
 from __future__ import annotations
 
 import errno
+import math
 import os
 import signal
 import termios
+import time
 from enum import Enum, auto
 from types import FrameType
 
 from savant_ray.errors import STOPPED_EARLY
-from savant_ray.events import AttemptStarted, Event, WorkersLost, WorkersStarted
+from savant_ray.events import AttemptEnded, AttemptStarted, Event, WorkersLost, WorkersStarted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+REPEAT_SECONDS = 1.0  # a SIGTERM this soon after another one is part of the same request
 
 
 class Phase(Enum):
@@ -39,6 +47,8 @@ class Phase(Enum):
     """A signal has requested a stop, and the driver has not sent the request to the workers yet."""
     STOPPING = auto()
     """The workers finish their step and save it."""
+    SAVED = auto()
+    """The workers have finished, and their last step is saved; `fit()` has not returned yet."""
     EXITING = auto()
     """The process exits without waiting for workers."""
 
@@ -56,6 +66,8 @@ class Trigger(Enum):
     """SIGHUP or SIGUSR1."""
     REQUEST_SENT = auto()
     """The stop request has reached the bridge."""
+    SAVED = auto()
+    """The workers have finished and saved."""
     EXIT = auto()
     """The attempt has ended while `fit()` still runs."""
 
@@ -82,6 +94,10 @@ TRANSITIONS = {
     # A stop ends early if the workers that could save were lost.
     (Phase.STOP_REQUESTED, Trigger.WORKERS_LOST): Phase.EXITING,
     (Phase.STOPPING, Trigger.WORKERS_LOST): Phase.EXITING,
+    (Phase.TRAINING, Trigger.SAVED): Phase.SAVED,
+    (Phase.STOP_REQUESTED, Trigger.SAVED): Phase.SAVED,
+    (Phase.STOPPING, Trigger.SAVED): Phase.SAVED,
+    (Phase.SAVED, Trigger.SIGNAL): Phase.EXITING,
 } | {(phase, Trigger.EXIT): Phase.EXITING for phase in Phase}
 """The next phase; a pair that is not listed changes nothing."""
 
@@ -97,6 +113,7 @@ class AttemptPhase:
 
     def __init__(self) -> None:
         self.current = Phase.PREPARING
+        self._last_sigterm = -math.inf  # by time.monotonic()
 
     def advance(self, trigger: Trigger) -> Phase:
         """Change the current phase as `trigger` requires, and return it."""
@@ -111,6 +128,8 @@ class AttemptPhase:
     def observe(self, event: Event) -> None:
         """Advance by an event of the workers; most events change nothing."""
         trigger = EVENT_TRIGGERS.get(type(event))
+        if isinstance(event, AttemptEnded) and event.is_saved:
+            trigger = Trigger.SAVED
         if trigger is not None:
             self.advance(trigger)
 
@@ -124,9 +143,14 @@ class AttemptPhase:
         """Advance by a signal; raise KeyboardInterrupt if the process has to exit because of it."""
         if number == signal.SIGHUP:
             silence_closed_terminal()
+        if number == signal.SIGTERM:
+            last, self._last_sigterm = self._last_sigterm, time.monotonic()
+            if self._last_sigterm - last < REPEAT_SECONDS:
+                return
         trigger = Trigger.NOTICE if number in (signal.SIGHUP, signal.SIGUSR1) else Trigger.SIGNAL
-        if self.current is not Phase.EXITING:
-            if self.advance(trigger) is Phase.EXITING:
+        before = self.current
+        if before is not Phase.EXITING:
+            if self.advance(trigger) is Phase.EXITING and before is not Phase.SAVED:
                 raise KeyboardInterrupt
         elif trigger is Trigger.SIGNAL:
             os._exit(STOPPED_EARLY)

@@ -29,13 +29,21 @@ from savant_ray.driver.tokenizer_choice import tokenizer_change
 from savant_ray.driver.trainer import make_trainer, scaling, unusable_gpus, worker_resources
 from savant_ray.driver.worker_watch import WorkerWatch
 from savant_ray.errors import STOPPED_EARLY, CheckpointError, TrainingError
-from savant_ray.events import AttemptEnded, AttemptStarted, CheckpointSaved, Event, RunFailed
+from savant_ray.events import (
+    AttemptEnded,
+    AttemptStarted,
+    CheckpointSaved,
+    Event,
+    RunFailed,
+    WorkersLost,
+    WorkersStarted,
+)
 from savant_ray.reporting.wording import generate_command
 
 POLL_SECONDS = 0.5
-# How long `fit()` may take to return after the workers have finished, if this process started Ray. If parts of Ray's
-# dashboard have died, Ray Train waits 8 s for an answer from it (Ray 2.60). The driver need not wait, because it kills Ray's
-# processes when it exits.
+# How long `fit()` may take to return after the workers have finished or reported an error, if this process started Ray. If
+# parts of Ray's dashboard have died, Ray Train waits 8 s for an answer from it (Ray 2.60). The driver need not wait, because
+# it kills Ray's processes when it exits.
 FIT_RETURN_SECONDS = 2.0
 CLUSTER_FIT_RETURN_SECONDS = 60.0  # on a cluster, where Ray ends the workers as soon as the driver exits
 
@@ -58,7 +66,7 @@ class Outcome:
     @property
     def is_saved(self) -> bool:
         """Whether the workers have finished and their last step is saved."""
-        return self.end is not None and self.end.saved_step >= self.end.step
+        return self.end is not None and self.end.is_saved
 
     def observe(self, event: Event) -> None:
         """Keep the events that determine the exit code."""
@@ -128,10 +136,12 @@ def _call_fit(trainer: TorchTrainer, outcome: Outcome) -> None:
 
 
 def _follow(attempt: Attempt, outcome: Outcome, bridge: BridgeHandle, resources: Mapping[str, float]) -> None:
-    """Report events and pass on a stop request until `fit()` has returned, or is overdue after the last save.
+    """Report events and pass on a stop request until `fit()` has returned, or until it need not be waited for any longer.
 
-    `resources` are those that one worker occupies. If Ray fails, workers may have trained and saved further steps; these
-    are recorded, too.
+    After the last save that is the case if `fit()` is overdue, if workers are lost, or if a signal requests it; after an
+    error that a worker reported, if `fit()` is overdue, because Ray Train may wait for resources to start the workers once
+    more. `resources` are those that one worker occupies. If Ray fails, workers may have trained and saved further steps;
+    these are recorded, too.
 
     Raises:
         TrainingError: Ray itself has failed, or workers hang and are not started again.
@@ -141,25 +151,28 @@ def _follow(attempt: Attempt, outcome: Outcome, bridge: BridgeHandle, resources:
     watch = WorkerWatch(settings.worker_limits[0], resources, report.notify)
     hang_watch = HangWatch(settings.hang_seconds, report.add_event)
     fit_return_seconds = FIT_RETURN_SECONDS if owns_ray() else CLUSTER_FIT_RETURN_SECONDS
-    saved_time = math.inf  # when the workers had finished and the last step was saved, by time.monotonic()
+    end_time = math.inf  # when the last step was saved or an error was reported, by time.monotonic()
     try:
         while True:
             finished = not outcome.fit_is_running  # read before the events, so that the last ones are not missed
             events, heartbeats = next_events(bridge, 0 if finished else POLL_SECONDS)
             for event in events:
+                if outcome.is_saved and isinstance(event, WorkersLost | WorkersStarted):
+                    return  # nothing is lost with them, and others that Ray Train starts have nothing to do
                 outcome.observe(event)
                 phase.observe(event)
                 _report(hang_watch.observe(event), attempt)
             outcome.hang = hang_watch.reason
-            if outcome.is_saved:
-                saved_time = min(saved_time, time.monotonic())
-            if finished or time.monotonic() > saved_time + fit_return_seconds:
+            if outcome.is_saved or outcome.failure is not None:
+                end_time = min(end_time, time.monotonic())
+            is_interrupted = phase.current is Phase.EXITING
+            if finished or time.monotonic() > end_time + fit_return_seconds or (outcome.is_saved and is_interrupted):
                 return
             check_ray_processes()
             attempt.storage.refuse_if_lost()
             watch.check(phase.current)
             hang_watch.check(phase.current, heartbeats)
-            if phase.current is Phase.EXITING:
+            if is_interrupted:
                 raise KeyboardInterrupt
             if phase.current is Phase.STOP_REQUESTED:
                 answer_of(bridge.request_stop.remote(grace_seconds(attempt.config)))
@@ -188,9 +201,9 @@ def _conclude(attempt: Attempt, outcome: Outcome) -> int:
         SavantError: training failed, or its last step could not be saved.
     """
     newest, end = attempt.newest_checkpoint(), outcome.end
-    if outcome.failure is not None or outcome.error is not None:
-        if outcome.failure is None:
-            attempt.report.log(str(outcome.error))
+    if outcome.failure is None and outcome.error is not None:
+        attempt.report.log(str(outcome.error))
+    if outcome.failure is not None or (outcome.error is not None and not outcome.is_saved):
         max_failures = attempt.config.scaling.max_failures
         raise explain_failure(outcome.error, outcome.failure, newest, max_failures, outcome.hang) from outcome.error
     if end is None:
@@ -201,7 +214,7 @@ def _conclude(attempt: Attempt, outcome: Outcome) -> int:
         )
     if not end.finished:
         saved = f"stopped and saved as {newest}" if end.step else "stopped before the first step"
-        attempt.report.notify(f"{saved}; run the same command again to resume")
+        attempt.report.conclude(f"{saved}; run the same command again to resume")
         return STOPPED_EARLY
-    attempt.report.notify(f"trained; next: {generate_command(attempt.storage.location)}")
+    attempt.report.conclude(f"trained; next: {generate_command(attempt.storage.location)}")
     return 0

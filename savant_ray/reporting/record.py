@@ -91,12 +91,13 @@ class Record:
     def backfill(self, lines: Iterable[dict[str, Any]]) -> None:
         """Append those of `lines` that the record lacks.
 
-        `lines` are what a checkpoint stores: the record since the checkpoint before it. They are missing if the driver was
-        killed before it wrote them.
+        `lines` are what a checkpoint stores: the newest lines of the record, which the driver may not have written before it
+        was killed.
         """
         present = {_key(line) for line in read_records(self._metrics.path)}
         for line in lines:
-            if line["event"] not in ATTEMPT_KINDS and _key(line) not in present:
+            if line["event"] not in ATTEMPT_KINDS and (key := _key(line)) not in present:
+                present.add(key)  # several checkpoints may contain it
                 self._append(line)
 
     def _append(self, line: dict[str, Any]) -> None:
@@ -208,15 +209,28 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
-def first_and_last_time(path: Path) -> tuple[str, str]:
-    """Return the times of the first and the last event of a record, two empty strings if it is missing or has no events."""
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    return _time_of_first_event(lines), _time_of_first_event(reversed(lines))
+def is_same_run(record: Path, other: Path) -> bool:
+    """Return whether two records begin with the same event; True if one is missing or has no events."""
+    first, other_first = (_first_event(_lines(path)) for path in (record, other))
+    return not first or not other_first or first == other_first
 
 
-def _time_of_first_event(lines: Iterable[bytes]) -> str:
-    events = (parse_event(line) for line in lines)
-    return next((str(event["time"]) for event in events if event is not None), "")
+def continues(record: Path, other: Path) -> bool:
+    """Return whether a record contains the last event of another one of the same run, or that one has no events.
+
+    Times are not compared, because they may be those of different machines.
+    """
+    lines = _lines(record)
+    last = _first_event(reversed(_lines(other)))
+    return not last or last in lines
+
+
+def _lines(path: Path) -> list[bytes]:
+    return path.read_bytes().splitlines() if path.exists() else []
+
+
+def _first_event(lines: Iterable[bytes]) -> bytes:
+    return next((line for line in lines if parse_event(line) is not None), b"")
 
 
 def saved_a_checkpoint(run_folder: Path) -> bool:

@@ -128,6 +128,11 @@ class RunReport:
             self._log.write(text)
         self._console.print(text)
 
+    def conclude(self, text: str) -> None:
+        """Print how the attempt has ended, after the newest step."""
+        self._print_newest_step()
+        self.notify(text)
+
     def log(self, text: str) -> None:
         """Write lines to the log only."""
         if self._log is not None:

@@ -65,13 +65,7 @@ def locked(run_folder: Path) -> Iterator[str]:
     token = uuid.uuid4().hex
     with ExitStack() as stack:
         try:
-            file = stack.enter_context((run_folder / LOCK).open("ab+", buffering=0))
-            if not _acquire(file):
-                file.seek(0)
-                holder = file.readline().decode(errors="replace").strip() or "another process"
-                raise SavantError(
-                    f"{run_folder} is in use by {holder}; stop that run first, or give this one another run.name"
-                )
+            file = stack.enter_context(_locked_file(run_folder / LOCK))
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n{token}\n".encode())
         except OSError as error:
@@ -79,18 +73,41 @@ def locked(run_folder: Path) -> Iterator[str]:
         yield token
 
 
-def _acquire(file: IO[bytes]) -> bool:
-    """Lock the file; return False if another process still holds the lock after `RETRY_SECONDS`."""
+def _locked_file(path: Path) -> IO[bytes]:
+    """Open and lock a file, creating it and its folder if necessary.
+
+    The file is opened for each attempt to lock it, because `--fresh` of the process that holds the lock moves it aside.
+
+    Raises:
+        SavantError: another process still holds the lock after `RETRY_SECONDS`.
+    """
     end = time.monotonic() + RETRY_SECONDS
     while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > end:
-                return False
-            time.sleep(RETRY_SECONDS / 10)
-        else:
-            return True
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            file = stack.enter_context(path.open("ab+", buffering=0))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    file.seek(0)
+                    holder = file.readline().decode(errors="replace").strip() or "another process"
+                    raise SavantError(
+                        f"{path.parent} is in use by {holder}; stop that run first, or give this one another run.name"
+                    ) from None
+            else:
+                if _is_at(file, path):
+                    stack.pop_all()
+                    return file
+        time.sleep(RETRY_SECONDS / 10)
+
+
+def _is_at(file: IO[bytes], path: Path) -> bool:
+    """Return whether `path` is still the path of an open file."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _lock_error(path: Path, error: OSError) -> str:

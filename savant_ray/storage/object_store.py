@@ -32,7 +32,7 @@ import pyarrow.fs as pafs
 from savant_ray.data.sources import file_system, with_short_retries
 from savant_ray.errors import CheckpointError, SavantError, SettingsError
 from savant_ray.locations import free_name, join_uri, parent_and_name
-from savant_ray.reporting.record import METRICS, SAMPLES, first_and_last_time
+from savant_ray.reporting.record import METRICS, SAMPLES, continues, is_same_run
 from savant_ray.reporting.run_report import LOG
 from savant_ray.reporting.tensorboard import FOLDER as TENSORBOARD
 from savant_ray.storage.lease import Lease, Owner, leased, refuse_if_superseded
@@ -197,23 +197,23 @@ class ObjectStorage(RunStorage):
             self._lease.workers_may_live = True
 
     def fetch_records(self) -> None:
-        """Download the records if they are newer than the local ones.
+        """Download the records, unless the local ones continue them.
 
-        Local records of another run with the same name are renamed first: those that begin with another event than the
-        stored ones, or, if the storage has none, any.
+        Only the owner of the run uploads records. Local ones without the last stored event are therefore those of an earlier
+        owner. Local records of another run with the same name are renamed first: those that begin with another event than
+        the stored ones, or, if the storage has none, any.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         stored = [name for name in DRIVER_FILES if name in self._list()]
         with TemporaryDirectory(dir=self.folder, prefix="fetch-") as scratch:
             for name in stored:
                 self._download(name, Path(scratch, name))
-            first, last = first_and_last_time(Path(scratch, METRICS))
-            local_first, local_last = first_and_last_time(self.folder / METRICS)
-            is_other_run = bool(first and local_first and first != local_first)
+            record, local_record = Path(scratch, METRICS), self.folder / METRICS
+            is_other_run = not is_same_run(record, local_record)
             if is_other_run or not stored:
                 for file in filter(Path.exists, (self.folder / name for name in (*DRIVER_FILES, TENSORBOARD))):
                     set_aside(file, OLD)
-            if is_other_run or last > local_last:
+            if is_other_run or not continues(local_record, record):
                 for name in stored:
                     Path(scratch, name).replace(self.folder / name)
 

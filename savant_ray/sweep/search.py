@@ -7,6 +7,7 @@ import math
 import os
 import signal
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from ray import tune
@@ -35,6 +36,7 @@ TUNE_ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # each run has a record of its own
     "RAY_AIR_NEW_OUTPUT": "0",  # otherwise Tune prints a table of its own settings, also with `verbose=0`
 }
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 MAX_COMPARED = 8  # runs on the page
 PIPE_WIDTH = 120  # columns of the table if standard output is not a terminal
 TRIAL_MEMORY = 64 << 20  # bytes; a trial's actor requests memory only, so that its run gets the cores
@@ -63,8 +65,7 @@ def sweep(config: Config, space_file: Path, trials: int, concurrent: int, stops_
         settings = _with_shared_cores(config, concurrent).to_dict()
         settings["run"]["storage_path"] = str(folder)
         tuner = _tuner(folder, settings, space, trials, concurrent, stops_early)
-        for number in (signal.SIGTERM, signal.SIGHUP):  # Tune stops the trials after SIGINT only
-            signal.signal(number, lambda number, frame: signal.raise_signal(signal.SIGINT))
+        stop_trials_at_signals()
         grid = tuner.fit()
     results = [grid[index] for index in range(len(grid))]
     rows = [(result, _summary(folder, result)) for result in results]
@@ -79,6 +80,23 @@ def sweep(config: Config, space_file: Path, trials: int, concurrent: int, stops_
         print("stopped; the same command resumes")
         return STOPPED_EARLY
     return int(grid.num_errors > 0)
+
+
+def stop_trials_at_signals() -> None:
+    """Let SIGTERM, SIGHUP and SIGUSR1 stop the trials; Tune does that at SIGINT only, and ends at once at a second one.
+
+    Only the first of them has an effect, because `timeout` and a closing terminal send theirs twice. Under `nohup` SIGHUP
+    remains ignored.
+    """
+    numbers = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)
+        signal.raise_signal(signal.SIGINT)
+
+    for number in numbers:
+        signal.signal(number, stop)
 
 
 def _write_or_compare_description(folder: Path, options: str, settings: str) -> None:

@@ -4,7 +4,8 @@
     step_500/config.yaml      the settings it was trained with
     step_500/tokenizer.json   the tokenizer it was trained with
     step_500/chat_template.jinja, tokenizer_config.json   its chat template, and the special tokens that this uses, if any
-    step_500/records.jsonl    lines of metrics.jsonl since the previous checkpoint, in case the driver lost them
+    step_500/records.jsonl    the newest lines of metrics.jsonl, at least those since the previous checkpoint, in case the
+                              driver lost them
     step_500/manifest.json    sizes and SHA-256 of the other files; written last
 
 A checkpoint is complete or absent: it is written as `step_500.<random>.tmp`, synced, and renamed. If it replaces an older

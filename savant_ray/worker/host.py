@@ -64,7 +64,7 @@ class DriverConnection:
     def __init__(self, bridge: Any, config: Config) -> None:
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
-        self.lines: list[dict[str, Any]] = []  # on rank 0: the record since the newest checkpoint
+        self.lines: list[dict[str, Any]] = []  # on rank 0: the newest lines of the record (see `Saver`)
         self.figures: dict[str, float | str] = {}  # the latest ones, reported to Ray Train with each checkpoint
         self._bridge, self._grace_seconds = bridge, config.run.grace_seconds
         self._sender, self._numbers = uuid.uuid4().hex, itertools.count()
@@ -76,13 +76,16 @@ class DriverConnection:
         first = self._heartbeat()
         threading.Thread(target=self._listen, args=(first,), name="stop-listener", daemon=True).start()
 
-    def emit(self, event: Event, wait: bool = False) -> None:
-        """Send an event to the driver; with `wait`, return after it and all earlier ones have arrived."""
+    def emit(self, event: Event) -> Any:
+        """Send an event to the driver; return the call, for `emit_and_wait`."""
         self._record(event)
         self.metrics.observe(event)
-        sent = self._bridge.send.remote(event, self._sender, next(self._numbers))
-        if wait:
-            ray.get(sent)
+        return self._bridge.send.remote(event, self._sender, next(self._numbers))
+
+    def emit_and_wait(self, event: Event) -> int:
+        """Send an event to the driver; return the result of `Bridge.send` when it and all earlier ones have arrived."""
+        n_unrecorded: int = ray.get(self.emit(event))
+        return n_unrecorded
 
     def grace_left(self) -> float | None:
         """Return the seconds until this worker must have ended, None if it need not stop.
@@ -164,8 +167,7 @@ class RayHost:
         self._allow_changes = allow_changes
         PROGRESS.begin("reading the validation text", STORAGE)
         files = {CONFIG: dump_yaml(config), **tokenizer.files()}
-        emit_and_wait = functools.partial(connection.emit, wait=True)
-        self._saver = Saver(storage, files, connection.lines, emit_and_wait, saved_step=state.step)
+        self._saver = Saver(storage, files, connection.lines, connection.emit_and_wait, saved_step=state.step)
         self._host_copy = HostCopy()  # used on rank 0
         if self.rank == 0:
             self._host_copy.allocate(state)

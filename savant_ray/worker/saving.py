@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,9 +40,11 @@ class PendingCheckpoint:
 class Saver:
     """Saves checkpoints; every worker has one.
 
-    `files` are the contents of further files by name. `lines` are the lines of the record since the newest checkpoint; a
-    save removes them. `emit` sends an event and waits until it has arrived. `saved_step` is the step of the newest
-    checkpoint, 0 without one.
+    `files` are the contents of further files by name. `lines` are the newest lines of the record; when the driver has
+    recorded a checkpoint, the lines up to it are removed. Until then all checkpoints contain them, because the driver may
+    have died, and old checkpoints are deleted. `emit` sends an event, waits until it has arrived, and returns the number of
+    checkpoints whose events the driver may not have recorded yet. `saved_step` is the step of the newest checkpoint, 0
+    without one.
     """
 
     def __init__(
@@ -49,10 +52,11 @@ class Saver:
         storage: RunStorage,
         files: Mapping[str, str],
         lines: list[dict[str, Any]],
-        emit: Callable[[Event], None],
+        emit: Callable[[Event], int],
         saved_step: int = 0,
     ) -> None:
         self.saved_step = saved_step
+        self._unrecorded: deque[int] = deque()  # number of lines of each checkpoint since the one before it
         self.seconds = 0.0  # duration of the newest save
         self._storage, self._files, self._lines, self._emit = storage, files, lines, emit
         self._storage_failed = False  # in the newest save; set only on rank 0, which writes
@@ -141,8 +145,8 @@ class Saver:
         if not is_stored:
             return
         self.saved_step, self.seconds = pending.step, time.perf_counter() - pending.started
-        del self._lines[: pending.n_lines]
-        self._emit(
+        self._unrecorded.append(pending.n_lines - sum(self._unrecorded))
+        n_unrecorded = self._emit(
             CheckpointSaved(
                 step=pending.step,
                 path=storage.locate(name),
@@ -151,3 +155,5 @@ class Saver:
                 stall_seconds=pending.stall_seconds,
             )
         )
+        while len(self._unrecorded) > n_unrecorded:
+            del self._lines[: self._unrecorded.popleft()]

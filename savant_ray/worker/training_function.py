@@ -80,7 +80,7 @@ def _start(task: WorkerTask, config: Config, connection: DriverConnection) -> No
             raise other_code_error(task.package, f"worker {connection.rank}", str(package_folder()))
         _train(task, config, tokenizer, storage, connection)
     except SavantError as error:
-        connection.emit(RunFailed(error=type(error).__name__, text=str(error), exit_code=error.exit_code), wait=True)
+        connection.emit_and_wait(RunFailed(error=type(error).__name__, text=str(error), exit_code=error.exit_code))
         if connection.world_size > 1:
             raise  # Ray Train then ends the other workers, which may be waiting for this one, and starts them once more
     except (RayError, KeyboardInterrupt, SystemExit):
@@ -134,7 +134,7 @@ def _train(
         host.finish_saving()
         raise
     if connection.rank == 0:
-        connection.emit(AttemptEnded(step=state.step, finished=finished, saved_step=host.saved_step), wait=True)
+        connection.emit_and_wait(AttemptEnded(step=state.step, finished=finished, saved_step=host.saved_step))
 
 
 def _idle_workers(config: Config, rows: int, n_workers: int) -> str | None:

@@ -10,6 +10,7 @@ import resource
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -331,6 +332,28 @@ def test_a_lock_file_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     with locked(tmp_path):
         pass
+
+
+def test_a_lock_is_that_of_the_folder_also_if_the_folder_is_moved_aside_while_another_process_holds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("savant_ray.storage.lock.RETRY_SECONDS", 10.0)
+    run, is_locked, is_checked = tmp_path / "run", threading.Event(), threading.Event()
+
+    def start() -> None:
+        with locked(run):
+            is_locked.set()
+            is_checked.wait(20)
+
+    with locked(run):
+        other = threading.Thread(target=start)
+        other.start()
+        time.sleep(0.1)  # the other one waits for the lock
+        run.rename(tmp_path / "run.old")  # as `--fresh` does
+    assert is_locked.wait(20)
+    assert is_in_use(run), "otherwise a third process could start the same run"
+    is_checked.set()
+    other.join()
 
 
 def test_checking_whether_a_run_is_in_use_does_not_block_its_start(tmp_path: Path) -> None:

@@ -25,7 +25,15 @@ from savant_ray.driver.hang_watch import HangWatch, collective_timeout
 from savant_ray.driver.phases import AttemptPhase, Phase, Trigger
 from savant_ray.driver.worker_watch import SECONDS_UNTIL_REPORT, WorkerWatch
 from savant_ray.errors import TrainingError
-from savant_ray.events import Event, Notice, WorkerHung, WorkersLost, WorkersStarted
+from savant_ray.events import (
+    CheckpointSaved,
+    Event,
+    Notice,
+    RunFailed,
+    WorkerHung,
+    WorkersLost,
+    WorkersStarted,
+)
 from savant_ray.training.progress import SLOW, STORAGE, Progress
 from savant_ray.worker import host
 from tests.cluster.conftest import wait_for
@@ -137,6 +145,33 @@ def test_workers_that_die_before_their_first_heartbeat_are_reported() -> None:
         return list(events)
 
     assert asyncio.run(take()) == [WorkersLost(text="cannot import torch"), WorkersLost(text="the same again")]
+
+
+def test_the_driver_has_recorded_a_checkpoint_when_it_asks_for_further_events() -> None:
+    def saved(step: int) -> CheckpointSaved:
+        return CheckpointSaved(step=step, path=f"step_{step}", reason="periodic", seconds=1.0)
+
+    async def counts() -> list[int]:
+        actor = bridge.Bridge.__ray_metadata__.modified_class()  # type: ignore[attr-defined]  # the class without Ray
+        results = [await actor.send(saved(1), "worker", 0), await actor.send(saved(2), "worker", 1)]
+        await actor.take(0)  # the driver may die before it has recorded them
+        results.append(await actor.send(saved(3), "worker", 2))
+        await actor.take(0)
+        results.append(await actor.send(saved(4), "worker", 3))
+        return results
+
+    assert asyncio.run(counts()) == [1, 2, 3, 2]
+
+
+def test_the_error_that_several_workers_report_is_one_event() -> None:
+    async def take() -> list[Event]:
+        actor = bridge.Bridge.__ray_metadata__.modified_class()  # type: ignore[attr-defined]  # the class without Ray
+        for rank, text in enumerate(("diverged", "diverged", "another one as its consequence")):
+            await actor.send(RunFailed(error="TrainingError", text=text, exit_code=1), str(rank), 0)
+        events, _ = await actor.take(0)
+        return list(events)
+
+    assert asyncio.run(take()) == [RunFailed(error="TrainingError", text="diverged", exit_code=1)]
 
 
 def test_a_worker_that_makes_progress_is_never_killed() -> None:

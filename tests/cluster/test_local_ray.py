@@ -18,8 +18,7 @@ pytestmark = pytest.mark.slow
 
 
 def start(workplace: Path, **changes: Any) -> subprocess.Popen[str]:
-    # Workers may save checkpoints after their driver was killed; each has the record since the one before, and 3 are kept.
-    command = [sys.executable, str(ROOT / "jobs/train.py"), *options(checkpoint__every_steps=100, **changes)]
+    command = [sys.executable, str(ROOT / "jobs/train.py"), *options(checkpoint__every_steps=10, **changes)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     job = subprocess.Popen(command, cwd=workplace, env=environment(), text=True, **pipes)
     started.append(job)

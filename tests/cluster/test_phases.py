@@ -7,6 +7,7 @@ import signal
 
 import pytest
 
+from savant_ray.driver import phases
 from savant_ray.driver.phases import SIGNALS, TRANSITIONS, AttemptPhase, Phase, Trigger
 from savant_ray.events import AttemptStarted, CheckpointSaved, Event, WorkersLost, WorkersStarted
 
@@ -81,8 +82,25 @@ def test_the_first_signal_during_training_requests_a_stop_and_a_second_one_inter
         send(notice)
         assert phase.current is Phase.STOPPING, "a closing terminal sends SIGHUP twice"
     with pytest.raises(KeyboardInterrupt):
-        send(signal.SIGTERM)
+        send(signal.SIGINT)
     assert phase.current is Phase.EXITING
+
+
+def test_two_sigterms_in_a_row_are_one_request_as_timeout_sends_them(
+    phase: AttemptPhase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(phases.time, "monotonic", lambda: now[0])
+    phase.handle_signals()
+    observe(phase, STARTED, TRAINING)
+    for seconds in (0.0, 0.001, 0.9):
+        now[0] += seconds
+        send(signal.SIGTERM)
+        assert phase.current is Phase.STOP_REQUESTED
+    now[0] += 1.1
+    with pytest.raises(KeyboardInterrupt):
+        send(signal.SIGTERM)
+    send(signal.SIGTERM)  # would end the process
 
 
 @pytest.mark.parametrize("trigger", [None, Trigger.REQUEST_SENT])

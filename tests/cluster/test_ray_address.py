@@ -310,21 +310,22 @@ print(_maybe_modify_runtime_env(None, False), ray.train.UserCallback.__name__)
     assert result.stdout == "None UserCallback\n"
 
 
-def test_only_processes_started_with_hangups_blocked_survive_sighup() -> None:
+def test_only_processes_started_with_notices_blocked_survive_sighup_and_sigusr1() -> None:
     program = """
 import os, signal, subprocess
-from savant_ray.cluster.session import block_sighup
-with block_sighup():
+from savant_ray.cluster.session import block_notices
+with block_notices():
     inside = subprocess.Popen(["sleep", "60"])
-outside = subprocess.Popen(["sleep", "60"])
-for child in (inside, outside):
-    os.kill(child.pid, signal.SIGHUP)
-outside.wait()
-print(inside.poll(), outside.returncode)
+for number in (signal.SIGHUP, signal.SIGUSR1):
+    outside = subprocess.Popen(["sleep", "60"])
+    for child in (inside, outside):
+        os.kill(child.pid, number)
+    outside.wait()
+    print(inside.poll(), outside.returncode)
 inside.kill()
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50)
-    assert done.stdout == f"None {-signal.SIGHUP}\n", done.stderr
+    assert done.stdout == f"None {-signal.SIGHUP}\nNone {-signal.SIGUSR1}\n", done.stderr
 
 
 def test_a_head_whose_response_arrives_in_two_parts_is_recognized() -> None:

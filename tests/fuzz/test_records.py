@@ -12,8 +12,9 @@ from savant_ray.reporting.page.history import read_history
 from savant_ray.reporting.record import (
     METRICS,
     JsonLines,
-    first_and_last_time,
+    continues,
     has_finished,
+    is_same_run,
     read_records,
     saved_a_checkpoint,
     to_line,
@@ -62,7 +63,8 @@ def test_a_damaged_record_keeps_its_valid_lines_and_can_be_appended_to(content: 
     file.keep(lambda line: line["event"] in ("attempt", "end") or line["step"] > 4)
     file.close()
     assert list(read_records(path))[-1] == {"event": "step", "step": 6}
-    first_and_last_time(path), saved_a_checkpoint(folder), has_finished(folder, 5)
+    assert is_same_run(path, path) and continues(path, path)
+    saved_a_checkpoint(folder), has_finished(folder, 5)
 
 
 def random_questions(rng: Random) -> bytes:

@@ -114,6 +114,14 @@ def test_events_that_a_killed_driver_did_not_receive_are_added_from_the_checkpoi
     assert history(tmp_path, SAMPLES) == [("sample", step) for step in (1, 2, 3, 4)]
 
 
+def test_lines_that_several_checkpoints_contain_are_added_once(tmp_path: Path) -> None:
+    record = Record(tmp_path)
+    record.backfill(to_line(event) for event in (*one_attempt(1, 2), *one_attempt(1, 2, 3), *one_attempt(2, 3)))
+    record.close()
+    assert history(tmp_path) == [(e.kind, e.step) for e in one_attempt(1, 2, 3)]
+    assert history(tmp_path, SAMPLES) == [("sample", step) for step in (1, 2, 3)]
+
+
 def test_each_skipped_micro_batch_of_a_step_is_added_from_the_checkpoint(tmp_path: Path) -> None:
     skips = [
         MicroBatchSkipped(step=3, rank=rank, loss="nan", positions=(n, n + 1)) for rank, n in ((0, 0), (0, 2), (1, 4))

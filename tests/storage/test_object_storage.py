@@ -164,6 +164,23 @@ def test_the_newer_record_is_used_wherever_it_was_written(storage_a: ObjectStora
     assert log_of(storage_a) == "log until 10:06", "a killed driver had not uploaded it"
 
 
+def test_the_record_of_the_last_owner_is_used_whatever_the_clocks_of_the_machines(
+    storage_a: ObjectStorage, storage_b: ObjectStorage
+) -> None:
+    """The clock of machine a is two hours fast."""
+    record(storage_a, "12:00", "12:05")
+    storage_a.send_records()
+    record(storage_a, "12:00", "12:05", "12:06")  # killed before it had uploaded the last line
+    storage_b.fetch_records()
+    record(storage_b, "12:00", "12:05", "10:30", "10:35")
+    storage_b.send_records()
+    storage_a.fetch_records()
+    assert log_of(storage_a) == "log until 10:35"
+    record(storage_a, "12:00", "12:05", "10:30", "10:35", "12:40")
+    storage_a.fetch_records()
+    assert log_of(storage_a) == "log until 12:40"
+
+
 def test_the_record_of_an_earlier_run_of_that_name_is_not_mixed_with_the_present_one(
     storage_a: ObjectStorage, storage_b: ObjectStorage
 ) -> None:

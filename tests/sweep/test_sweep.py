@@ -198,6 +198,26 @@ def test_a_trial_that_was_stopped_before_its_run_began_or_was_validated_has_not_
     ]
 
 
+@pytest.mark.parametrize("number", search.STOP_SIGNALS)
+def test_a_signal_stops_a_sweep_once_and_sighup_under_nohup_does_not(number: int) -> None:
+    before = {number: signal.getsignal(number) for number in search.STOP_SIGNALS}
+    try:
+        for default in search.STOP_SIGNALS:
+            signal.signal(default, signal.SIG_DFL)
+        search.stop_trials_at_signals()
+        with pytest.raises(KeyboardInterrupt):  # raised by Python's handler, for which Tune has its own
+            os.kill(os.getpid(), number)
+        for again in search.STOP_SIGNALS:
+            os.kill(os.getpid(), again)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        search.stop_trials_at_signals()
+        os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        for changed, handler in before.items():
+            signal.signal(changed, handler)
+
+
 def test_a_trial_with_more_steps_than_the_settings_have_is_not_stopped_for_that(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,7 +72,11 @@ def lines() -> list[dict[str, Any]]:
 
 @pytest.fixture
 def saver(tmp_path: Path, lines: list[dict[str, Any]], events: list[Event]) -> Saver:
-    return Saver(LocalStorage(tmp_path), {}, lines, events.append)
+    def emit(event: Event) -> int:
+        events.append(event)
+        return 0  # the driver has recorded all checkpoints
+
+    return Saver(LocalStorage(tmp_path), {}, lines, emit)
 
 
 def content(step: int) -> dict[str, Any]:
@@ -137,6 +141,24 @@ def test_a_storage_failure_is_reported_and_the_next_checkpoint_has_the_records_o
     assert saver.finish()
     records = (tmp_path / "step_2" / RECORDS).read_text().splitlines()
     assert [json.loads(line)["step"] for line in records] == [1, 2] and lines == []
+
+
+def test_each_checkpoint_contains_all_lines_that_the_driver_may_not_have_recorded(
+    ray_train: RayTrain, lines: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """The driver dies after it has recorded the second of six checkpoints; old checkpoints are deleted."""
+    unrecorded = iter([1, 1, 2, 3, 4, 5])  # after the first one, it records each while the next one is written
+    saver = Saver(LocalStorage(tmp_path), {}, lines, lambda event: next(unrecorded))
+    contents: list[list[int]] = []
+    for step in range(1, 7):
+        lines.append({"event": "step", "step": step})
+        saver.begin(step, "periodic", functools.partial(content, step), {})
+        lines.append({"event": "step", "step": step + 0.5})  # of a later step than the checkpoint
+        assert saver.finish()
+        records = (tmp_path / f"step_{step}" / RECORDS).read_text().splitlines()
+        contents.append([json.loads(line)["step"] for line in records])
+    assert contents[:3] == [[1], [1, 1.5, 2], [1.5, 2, 2.5, 3]]
+    assert contents[-1] == [1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 5.5, 6], "the second may not have been recorded"
 
 
 def test_any_other_error_ends_the_run_and_no_rank_waits(saver: Saver, disk: SlowDisk, ray_train: RayTrain) -> None:
