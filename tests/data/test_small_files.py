@@ -5,8 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import pickle
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,8 @@ import tokenizers
 from tokenizers import models
 
 from savant_ray.data import cache_builder
-from savant_ray.data.cache_builder import SMALL_FILE_BYTES, SourcePart, group_parts, plan_source_parts, prepare
+from savant_ray.data.cache_builder import SMALL_FILE_BYTES, group_parts, plan_source_parts, prepare
 from savant_ray.data.documents import DocumentRule, SourceText
-from savant_ray.data.record_reader import RuledPart
 from savant_ray.data.sources import expand
 from savant_ray.data.token_cache import Manifest, TokenCache
 from savant_ray.data.tokenizer import Tokenizer
@@ -29,17 +27,27 @@ from savant_ray.errors import DataError
 LENGTH = 64
 
 
+class LocalTasks:
+    """Stand-in for a Ray Data dataset: the tasks run in this process, on rows that were Arrow values."""
+
+    def __init__(self, items: list[dict[str, Any]], override_num_blocks: int) -> None:
+        assert override_num_blocks == len(items)
+        self._rows = pa.Table.from_pylist(items).to_pylist()
+
+    def flat_map(self, task: Callable[[dict[str, Any]], Iterator[dict[str, Any]]], num_cpus: int) -> list[Any]:
+        task = pickle.loads(pickle.dumps(task))
+        return [result for row in self._rows for result in task(row)]
+
+
 @pytest.fixture(autouse=True)
 def tasks_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run_tasks(
-        folder: Path, work: Callable[..., Iterator[int]], shards: Mapping[int, Sequence[SourcePart]], progress: object
-    ) -> None:
-        for index, parts in shards.items():
-            ruled = pickle.loads(pickle.dumps([RuledPart(part.part, part.rule) for part in parts]))
-            deque(work(index, ruled), maxlen=0)
-
     monkeypatch.setattr(cache_builder.ray, "is_initialized", lambda: True)
-    monkeypatch.setattr(cache_builder, "_run_tasks", run_tasks)
+    monkeypatch.setattr(cache_builder.ray.data, "from_items", LocalTasks)
+    monkeypatch.setattr(
+        cache_builder.ray_data,
+        "rows",
+        lambda results: ({name: pa.scalar(value) for name, value in row.items()} for row in results),
+    )
 
 
 @pytest.fixture
@@ -94,7 +102,12 @@ def located_documents(cache: TokenCache, tokenizer: Tokenizer) -> dict[tuple[str
 def test_documents_of_small_files_share_rows_and_keep_their_file_and_line(
     tmp_path: Path, texts: dict[tuple[str, int], str], byte_tokenizer: Tokenizer, part_bytes: int | None
 ) -> None:
-    cache = prepared(tmp_path / "texts", byte_tokenizer, part_bytes=part_bytes)
+    reported: list[tuple[int, int]] = []
+    cache = prepared(
+        tmp_path / "texts", byte_tokenizer, part_bytes=part_bytes, progress=lambda *now: reported.append(now)
+    )
+    total = sum(path.stat().st_size for path in (tmp_path / "texts").iterdir())
+    assert reported[0] == (0, total) and sorted(reported) == reported and reported[-1][0] <= total
     found = located_documents(cache, byte_tokenizer)
     assert {place: "".join(sorted(text)) for place, text in found.items()} == {
         place: "".join(sorted(text)) for place, text in texts.items()
