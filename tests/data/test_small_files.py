@@ -41,11 +41,10 @@ class LocalTasks:
 
 @pytest.fixture(autouse=True)
 def tasks_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_builder.ray, "is_initialized", lambda: True)
-    monkeypatch.setattr(cache_builder.ray.data, "from_items", LocalTasks)
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray.data.from_items", LocalTasks)
     monkeypatch.setattr(
-        cache_builder.ray_data,
-        "rows",
+        "savant_ray.data.ray_data.rows",
         lambda results: ({name: pa.scalar(value) for name, value in row.items()} for row in results),
     )
 
