@@ -425,16 +425,16 @@ def cache_folder() -> str:
 
     shard = Path(shard_name(0))
     rows = [
-        Entry(shard.name, "packed tokens of a part of a file, in Arrow's IPC format"),
-        Entry(overlap.digests_path(shard).name, "64-bit digest of each document of the part"),
-        Entry(summary_path(shard).name, "counts of the part and CRC-32 of the shard"),
+        Entry(shard.name, "packed tokens of a part of a file or of small files, in Arrow's IPC format"),
+        Entry(overlap.digests_path(shard).name, "64-bit digest of each of its documents"),
+        Entry(summary_path(shard).name, "counts of the files and CRC-32 of the shard"),
         Entry(MANIFEST, "totals and list of shards; written last"),
         Entry(CHECKED, "size and times of the shards whose CRC-32 was verified"),
     ]
     duplicates = [
-        Entry(deduplication.scan_path(Path(), 0).name, "digests of a part, until the duplicates have been found"),
-        Entry(deduplication.duplicates_path(Path(), 0).name, "the duplicates in a part"),
-        Entry(deduplication.MARKED, "written when the duplicates in all parts have been found"),
+        Entry(deduplication.scan_path(Path(), 0).name, "digests of a shard, until the duplicates have been found"),
+        Entry(deduplication.duplicates_path(Path(), 0).name, "the duplicates in a shard"),
+        Entry(deduplication.MARKED, "written when the duplicates in all shards have been found"),
     ]
     tokenizer = [
         Entry(TOKENIZER_FILE, "the tokenizer"),

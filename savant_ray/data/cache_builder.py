@@ -1,7 +1,8 @@
 """Builds token caches and trains tokenizers from source files; existing ones are reused.
 
-A Ray Data task tokenizes and packs one part of a file: it writes a shard and then its summary. An interrupted build
-therefore continues with the parts whose summary is missing. The folder gets its final name when all shards are complete.
+A Ray Data task tokenizes and packs one part of a file, or several small files: it writes a shard and then its summary. An
+interrupted build therefore continues with the shards whose summary is missing. The folder gets its final name when all
+shards are complete.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import dataclasses
 import fcntl
 import hashlib
 import os
+import pickle
 import shutil
 import traceback
 from collections import Counter
@@ -18,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -37,9 +39,17 @@ from savant_ray.data.formats import TABLES, data_suffix
 from savant_ray.data.overlap import DUPLICATES, OVERLAP, stored_digests
 from savant_ray.data.readers.csv_rows import was_split_at_bars
 from savant_ray.data.readers.tables import has_nested_items, read_schema
-from savant_ray.data.record_reader import RecordReader, documents, max_records, plan_parts
+from savant_ray.data.record_reader import (
+    RecordReader,
+    RuledPart,
+    default_part_bytes,
+    documents,
+    max_records,
+    plan_parts,
+)
 from savant_ray.data.records import MAX_RECORD_BYTES, Part, Record
 from savant_ray.data.shard_writer import (
+    COUNTS_OF_PARTS,
     MAX_NAMED_INVALID_LINES,
     PartSummary,
     Recipe,
@@ -67,14 +77,14 @@ from savant_ray.locations import absolute_path, error_text
 FORMAT_VERSION = 2  # of token caches; 1 had no loss mask. Those of other versions are built again
 DATA_VERSION = 1  # of the rows: two caches with the same data fingerprint have the same rows, whatever their format is
 CONVERSATIONS_VERSION = 2  # of the rows of conversations; 1 had answers of weight 0 trained on
+SMALL_FILE_BYTES = 1 << 20  # files up to this size are packed together: alone, each would leave a row partly empty
 PROGRESS_BYTES = 2 << 20  # between two progress reports of a task
 MAX_NAMED_EMPTY_FILES = 5  # in `empty_file_report`
 UNFINISHED, LOCK = ".unfinished", ".lock"  # suffixes of a cache that is being built, and of the lock of its build
 TRAINED_TOKENIZER = "tokenizer-"  # prefix of the file with a tokenizer that was trained on the text
 MAX_TITLE_BYTES = 200  # of the 255 bytes that a folder name can have; a fingerprint and `UNFINISHED` follow
 MAX_TRAINING_CHARACTERS = 128 << 20  # for training a tokenizer, which barely changes with more text
-# Counts of a part whose sums over the parts of a file, or over all parts, are in the manifest under the same name.
-SUMS_OF_FILES = ("lines", "documents", "bad_lines", "filtered", "duplicates")
+# Counts of a shard whose sums over all shards are in the manifest under the same name.
 SUMS = (
     *("rows", "documents", "tokens", "target_tokens", "text_bytes", "trained_bytes", "bad_lines", "characters"),
     *("dropped_characters", "filtered", "duplicates", "conversations", "trained_tokens", "cut_documents"),
@@ -133,6 +143,7 @@ def prepare(
         "files": list(zip(_identity_paths(files), hashes, strict=True)),
         "recipe": [tokenizer.fingerprint, sequence_length, max_line_bytes, part_bytes],
         **_corrected_reading(sources),
+        **_common_shards(sources, part_bytes),
     }
     if deduplicate_after is not None:
         common["deduplicated"] = [cache.fingerprint for cache in deduplicate_after]
@@ -304,6 +315,38 @@ def plan_source_parts(sources: Sequence[SourceText], part_bytes: int | None) -> 
     return parts
 
 
+def group_parts(
+    parts: Iterable[SourcePart], sources: Sequence[SourceText], part_bytes: int | None
+) -> list[list[SourcePart]]:
+    """Return the parts of each shard: one part, or consecutive small files of a source that are not larger than one."""
+    limits = [part_bytes or default_part_bytes(source.files) for source in sources]
+    shards: list[list[SourcePart]] = []
+    has_room = False
+    n_bytes = 0
+    for part in parts:
+        size = part.part.stored_bytes
+        is_small = size == part.part.file.size <= SMALL_FILE_BYTES
+        is_same_source = bool(shards) and shards[-1][-1].source == part.source
+        if has_room and is_small and is_same_source and n_bytes + size <= limits[part.source]:
+            shards[-1].append(part)
+            n_bytes += size
+        else:
+            shards.append([part])
+            n_bytes, has_room = size, is_small
+    return shards
+
+
+def _common_shards(sources: Sequence[SourceText], part_bytes: int | None) -> dict[str, Any]:
+    """Return what distinguishes an identity from that of earlier versions, in which each file had shards of its own."""
+    files = [
+        SourcePart(Part(file, 0, 1, file.size), 0, number, source.rule)
+        for number, source in enumerate(sources)
+        for file in source.files
+        if file.size
+    ]
+    return {"common_shards": True} if len(group_parts(files, sources, part_bytes)) < len(files) else {}
+
+
 @dataclass(frozen=True)
 class _Identity:
     """Fingerprints of what a token cache contains.
@@ -403,12 +446,13 @@ class _Build:
         folder.mkdir(parents=True, exist_ok=True)
         planned = plan_source_parts(self.identity.sources, self.part_bytes)
         parts = within_limits(planned, self.recipe.max_line_bytes, progress)
+        shards = group_parts(parts, self.identity.sources, self.part_bytes)
         if self.deduplicate_after is not None and not is_marked(folder):
-            unscanned = {i: part for i, part in enumerate(parts) if not scan_path(folder, i).exists()}
+            unscanned = {i: shard for i, shard in enumerate(shards) if not scan_path(folder, i).exists()}
             scan = partial(write_scan, folder, max_line_bytes=self.recipe.max_line_bytes)
             _run_tasks(folder, scan, unscanned, progress)
-            mark_duplicates(folder, len(parts), stored_digests(*self.deduplicate_after))
-        self._write_missing(folder, parts, progress)
+            mark_duplicates(folder, len(shards), stored_digests(*self.deduplicate_after))
+        self._write_missing(folder, shards, progress)
         try:
             refuse_changed(self.files, self.hashes)
         except DataError:
@@ -417,8 +461,8 @@ class _Build:
         unread = {part.file for part in planned} - {part.file for part in parts}
         manifest = _merge_summaries(
             {index: name for index, name in enumerate(relative_paths(self.files)) if index not in unread},
-            parts,
-            [PartSummary.read(folder / shard_name(index)) for index in range(len(parts))],
+            shards,
+            [PartSummary.read(folder / shard_name(index)) for index in range(len(shards))],
             self.recipe.sequence_length,
         )
         manifest = dataclasses.replace(manifest, fingerprint=self.identity.of(manifest))
@@ -431,32 +475,39 @@ class _Build:
         if folder.suffix == UNFINISHED:
             folder.rename(self._folder_of(manifest.fingerprint))
 
-    def _write_missing(self, folder: Path, parts: Sequence[SourcePart], progress: Progress) -> None:
+    def _write_missing(self, folder: Path, shards: Sequence[Sequence[SourcePart]], progress: Progress) -> None:
         """Write the shards that are missing. Raises errors as `_run_tasks`."""
         with ThreadPoolExecutor(os.cpu_count()) as threads:
-            shards = [folder / shard_name(index) for index in range(len(parts))]
-            complete = list(threads.map(PartSummary.is_complete, shards))
-        missing = {index: parts[index] for index, is_complete in enumerate(complete) if not is_complete}
-        total, remaining = (sum(part.part.stored_bytes for part in some) for some in (parts, missing.values()))
+            paths = [folder / shard_name(index) for index in range(len(shards))]
+            complete = list(threads.map(PartSummary.is_complete, paths))
+        missing = {index: shards[index] for index, is_complete in enumerate(complete) if not is_complete}
+        total, remaining = map(_stored_bytes, (shards, missing.values()))
         write = partial(write_shard, folder, recipe=self.recipe)
         _run_tasks(folder, write, missing, lambda done, _: progress(total - remaining + done, total))
 
 
+def _stored_bytes(shards: Iterable[Sequence[SourcePart]]) -> int:
+    return sum(part.part.stored_bytes for parts in shards for part in parts)
+
+
 def _run_tasks(
-    folder: Path, work: Callable[..., Iterator[int]], parts: Mapping[int, SourcePart], progress: Progress
+    folder: Path, work: Callable[..., Iterator[int]], shards: Mapping[int, Sequence[SourcePart]], progress: Progress
 ) -> None:
-    """Call `work` with number, part and rule in one Ray Data task per part; it yields the bytes read so far.
+    """Call `work` with number and parts in one Ray Data task per shard; it yields the bytes read so far.
 
     Raises:
         DataError: a file cannot be read, or one in `folder` cannot be written.
         UnexpectedError: a task raised any other exception; contains its traceback.
     """
-    done, total = 0, sum(part.part.stored_bytes for part in parts.values())
+    done, total = 0, _stored_bytes(shards.values())
     progress(done, total)
-    if not parts:
+    if not shards:
         return
-    rules = {repr(part.rule): part.rule for part in parts.values()}
-    items = [{"index": i, "rule": repr(part.rule), **_as_row(part.part)} for i, part in parts.items()]
+    rules = {repr(part.rule): part.rule for parts in shards.values() for part in parts}
+    items = [
+        {"index": index, "parts": pickle.dumps([(part.part, repr(part.rule)) for part in parts])}
+        for index, parts in shards.items()
+    ]
     with ray_data.settings():
         tasks = ray.data.from_items(items, override_num_blocks=len(items))
         results = tasks.flat_map(_PartTask(folder, work, rules), num_cpus=1)
@@ -471,20 +522,20 @@ def _run_tasks(
 
 @dataclass(frozen=True)
 class _PartTask:
-    """Ray Data task that writes the shard of one part, or the scan that finds duplicates.
+    """Ray Data task that writes one shard, or the scan that finds duplicates.
 
     It yields rows with the bytes read since the last row, or an error.
     """
 
     folder: Path
     work: Callable[..., Iterator[int]]
-    rules: Mapping[str, DocumentRule]  # by their repr, which a row contains
+    rules: Mapping[str, DocumentRule]  # by their repr, which a row contains for each part
 
     def __call__(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        index, rule, path = row.pop("index"), self.rules[row.pop("rule")], row["path"]
+        parts = [RuledPart(part, self.rules[rule]) for part, rule in pickle.loads(row["parts"])]  # noqa: S301 - our own
         reported, done = 0, 0
         try:
-            for done in self.work(index, _from_row(row), rule=rule):
+            for done in self.work(row["index"], parts):
                 if done - reported >= PROGRESS_BYTES:
                     yield _task_row(done - reported)
                     reported = done
@@ -496,21 +547,12 @@ class _PartTask:
         except (GeneratorExit, KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a Rust panic in `tokenizers` is not an Exception
+            path = f"{parts[0].part.file.path}" + f" and {len(parts) - 1:,} more files" * (len(parts) > 1)
             yield _task_row(0, describe(error, f"tokenizing {path}"), traceback.format_exc())
 
 
 def _task_row(n_bytes: int, error: str = "", details: str = "") -> dict[str, Any]:
     return {"bytes": n_bytes, "error": error, "traceback": details}
-
-
-def _as_row(part: Part) -> dict[str, Any]:
-    bounds = {"start": part.start, "stop": part.stop, "stored_bytes": part.stored_bytes}
-    return {**dataclasses.asdict(part.file), **bounds}
-
-
-def _from_row(row: dict[str, Any]) -> Part:
-    bounds = {name: row.pop(name) for name in ("start", "stop", "stored_bytes")}
-    return Part(SourceFile(**row), **bounds)
 
 
 def within_limits(
@@ -569,54 +611,54 @@ def _with_progress(records: RecordReader, progress: Progress, done: int, total: 
 
 
 def _merge_summaries(
-    names: Mapping[int, str], parts: Sequence[SourcePart], summaries: Sequence[PartSummary], sequence_length: int
+    names: Mapping[int, str],
+    parts_of_shards: Sequence[Sequence[SourcePart]],
+    summaries: Sequence[PartSummary],
+    sequence_length: int,
 ) -> Manifest:
-    """Combine the summaries of all parts into a manifest, whose line numbers are counted from the start of each file.
+    """Combine the summaries of all shards into a manifest, whose line numbers are counted from the start of each file.
 
     `names` are the names of the files by their number. The manifest has no fingerprint yet.
     """
-    units = {part.file: part.part.file.record_name for part in parts}
-    of_file: dict[int, list[PartSummary]] = {file: [] for file in names}
-    lines: Counter[int] = Counter()  # of each file
-    counted = []  # name of the file of each part, the number of its lines before the part, and the summary
-    for part, summary in zip(parts, summaries, strict=True):
-        counted.append((names[part.file], lines[part.file], summary))
-        lines[part.file] += summary.lines
-        of_file[part.file].append(summary)
+    units = {part.file: part.part.file.record_name for parts in parts_of_shards for part in parts}
+    of_file: dict[int, Counter[str]] = {file: Counter() for file in names}
+    shards = []
+    for index, (parts, summary) in enumerate(zip(parts_of_shards, summaries, strict=True)):
+        lines_before = of_file[parts[0].file]["lines"]
+        of_parts = summary.of_parts()
+        for part, counts in zip(parts, of_parts, strict=True):
+            of_file[part.file].update(counts)
+        starts = accumulate((counts["lines"] for counts in of_parts), initial=0)
+        (first, _), *more_files = ((names[part.file], start) for part, start in zip(parts, starts, strict=False))
+        file = (shard_name(index), summary.shard_bytes, summary.rows, first, lines_before, summary.shard_crc32)
+        shards.append(ShardInfo(*file, tuple(more_files)))
     first_dropped = (
-        LineProblem(name, lines_before + summary.first_dropped[0], summary.first_dropped[1])
-        for name, lines_before, summary in counted
+        LineProblem(*shard.locate(summary.first_dropped[0]), summary.first_dropped[1])
+        for shard, summary in zip(shards, summaries, strict=True)
         if summary.first_dropped
     )
     invalid_lines = [
-        LineProblem(name, lines_before + line, reason)
-        for name, lines_before, summary in counted
+        LineProblem(*shard.locate(line), reason)
+        for shard, summary in zip(shards, summaries, strict=True)
         for line, reason in summary.first_bad_lines
     ]
     return Manifest(
         fingerprint="",
         sequence_length=sequence_length,
         files=tuple(
-            FileSummary(path=name, unit=units.get(file, "line"), **_sums(of_file[file], SUMS_OF_FILES))
+            FileSummary(
+                path=name, unit=units.get(file, "line"), **{count: of_file[file][count] for count in COUNTS_OF_PARTS}
+            )
             for file, name in names.items()
         ),
-        shards=tuple(
-            ShardInfo(shard_name(index), summary.shard_bytes, summary.rows, name, lines_before, summary.shard_crc32)
-            for index, (name, lines_before, summary) in enumerate(counted)
-            if summary.rows
-        ),
+        shards=tuple(shard for shard in shards if shard.rows),
         first_bad_lines=tuple(invalid_lines[:MAX_NAMED_INVALID_LINES]),
         first_dropped=next(first_dropped, None),
         shortest=min((summary.shortest for summary in summaries if summary.shortest), default=0),
         longest=max((summary.longest for summary in summaries), default=0),
         lengths=tuple(sums_by_position(summary.lengths for summary in summaries)),
-        **_sums(summaries, SUMS),
+        **{name: sum(getattr(summary, name) for summary in summaries) for name in SUMS},
     )
-
-
-def _sums(summaries: Sequence[PartSummary], names: Sequence[str]) -> dict[str, Any]:
-    """Return the sum of each of these counts."""
-    return {name: sum(getattr(summary, name) for summary in summaries) for name in names}
 
 
 def empty_file_report(manifest: Manifest, has_other_split: bool = False) -> list[str]:

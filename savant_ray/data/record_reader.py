@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 from savant_ray.data.decoded_stream import DecodedStream
 from savant_ray.data.documents import TEXT_RULE, Document, DocumentRule
@@ -35,10 +37,14 @@ def plan_parts(files: Sequence[SourceFile], part_bytes: int | None = None) -> li
     Raises:
         DataError: a table, or a file whose format is not known yet, cannot be read.
     """
-    total = sum(file.size for file in files)
-    step = part_bytes or min(max(total // 64, 4 * MIB), 32 * MIB)
+    step = part_bytes or default_part_bytes(files)
     with ThreadPoolExecutor(LISTING_THREADS) as threads:
         return list(chain.from_iterable(threads.map(lambda file: _divide(file, step), files)))
+
+
+def default_part_bytes(files: Sequence[SourceFile]) -> int:
+    """Return the size of the parts into which `plan_parts` divides the files by default."""
+    return min(max(sum(file.size for file in files) // 64, 4 * MIB), 32 * MIB)
 
 
 def documents(
@@ -128,6 +134,58 @@ class RecordReader:
     def bytes_read(self) -> int:
         """Number of bytes of the part that have been read, before decompression."""
         return self._reader.bytes_read
+
+
+class RuledPart(NamedTuple):
+    """A part, and the rule by which its records become documents."""
+
+    part: Part
+    rule: DocumentRule = TEXT_RULE
+
+
+class PartsReader:
+    """Iterable of the documents of several parts, whose records are numbered from the start of the first one.
+
+    Args:
+        parts: to read.
+        max_record_bytes: larger records are invalid.
+        on_end: called when all records of a part have been read.
+
+    Raises:
+        DataError: as `RecordReader`.
+    """
+
+    def __init__(
+        self, parts: Sequence[RuledPart], max_record_bytes: int, on_end: Callable[[], None] = lambda: None
+    ) -> None:
+        self._parts = parts
+        self._max_record_bytes = max_record_bytes
+        self._on_end = on_end
+        self._ends = [0]  # numbers of the last records of the parts that have been read
+        self._bytes_before = 0
+        self._records: RecordReader | None = None
+
+    def __iter__(self) -> Iterator[Document]:
+        for part, rule in self._parts:
+            before = number = self._ends[-1]
+            with RecordReader(part, self._max_record_bytes, rule.fields) as records:
+                self._records = records
+                for document in rule.documents(records):
+                    number = before + document.number
+                    yield document._replace(number=number)
+                self._bytes_before, self._records = self.bytes_read, None
+            self._ends.append(number)
+            self._on_end()
+
+    @property
+    def bytes_read(self) -> int:
+        """Number of bytes of the parts that have been read, before decompression."""
+        return self._bytes_before + (self._records.bytes_read if self._records else 0)
+
+    def locate(self, number: int) -> tuple[Part, int]:
+        """Return the part of a record, and its number from the start of the part."""
+        index = bisect_left(self._ends, number) - 1
+        return self._parts[index].part, number - self._ends[index]
 
 
 class _TextReader:

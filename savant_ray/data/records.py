@@ -65,7 +65,12 @@ def json_type(value: Any) -> str:
     """Return what a value is called in messages: `an array`, `a number`, `null`."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
-    names: dict[type, str] = {dict: "an object", list: "an array", str: "a string", bytes: "binary"}
+    names: dict[type, str] = {
+        dict: "an object",
+        list: "an array",
+        str: "a string",
+        bytes: "binary data that is not UTF-8",
+    }
     return names.get(type(value), "a number")
 
 

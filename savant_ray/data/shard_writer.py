@@ -1,4 +1,4 @@
-"""Writes the shard of one part of a file: reads the records, tokenizes and packs the documents.
+"""Writes a shard: reads the records of a part of a file, or of several small files, tokenizes and packs the documents.
 
 Memory is bounded by `CHUNK_TOKENS`, not by the length of the part, because a compressed file is a single part.
 """
@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +22,7 @@ from savant_ray.data.deduplication import without_duplicates
 from savant_ray.data.documents import TEXT_RULE, Document, DocumentRule, encode
 from savant_ray.data.overlap import DIGEST_BYTES, digests_path, document_digests
 from savant_ray.data.packing import Packing, pack
-from savant_ray.data.record_reader import RecordReader, plan_parts, records_before
-from savant_ray.data.records import Part
+from savant_ray.data.record_reader import PartsReader, RecordReader, RuledPart, plan_parts, records_before
 from savant_ray.data.sources import SourceFile
 from savant_ray.data.token_cache import Manifest, ShardFile, crc32, shard_batch, shard_schema, token_dtype
 from savant_ray.data.tokenizer import MaskedDocument, Tokenizer
@@ -33,6 +32,8 @@ from savant_ray.locations import error_text, replacing
 BATCH_CHARACTERS = 1 << 18  # tokenized in one call
 CHUNK_TOKENS = 1 << 21  # packed in one call; large enough for the padding of the last row to be negligible
 MAX_NAMED_INVALID_LINES = 100  # stored with line number and reason, per part and per cache
+# Counts of a shard that are known for each of its parts, and whose sums over the parts of a file are in the manifest.
+COUNTS_OF_PARTS = ("lines", "documents", "bad_lines", "filtered", "duplicates")
 MAX_NAMED_CHARACTERS = 10  # at most this many dropped characters are stored, from the first line that has any
 
 
@@ -62,7 +63,7 @@ class Recipe:
 
 @dataclass
 class PartSummary:
-    """Counts of one part; numbers of lines (rows, blocks) start from 1 at the beginning of the part.
+    """Counts of the parts of a shard; numbers of lines (rows, blocks) start from 1 at the beginning of the first part.
 
     The fields are the keys of the summary file. `bad_lines` is the number of invalid lines; `target_tokens`, `text_bytes`
     and `trained_bytes` are those of `Manifest`.
@@ -91,6 +92,20 @@ class PartSummary:
     longest: int = 0
     # Number of documents by the bit length of their length in tokens: the entry k is for 2**(k - 1) to 2**k - 1 tokens.
     lengths: list[int] = field(default_factory=list)
+    ends: list[list[int]] = field(default_factory=list)  # COUNTS_OF_PARTS after each part; older versions had one part
+
+    def end_part(self) -> None:
+        """Begin the next part: what is counted from now on belongs to it."""
+        self.ends.append(self._counts())
+
+    def of_parts(self) -> list[dict[str, int]]:
+        """Return the counts `COUNTS_OF_PARTS` of each part."""
+        ends = [[0] * len(COUNTS_OF_PARTS), *(self.ends or [self._counts()])]
+        differences = ([after - before for before, after in zip(*pair, strict=True)] for pair in pairwise(ends))
+        return [dict(zip(COUNTS_OF_PARTS, counts, strict=True)) for counts in differences]
+
+    def _counts(self) -> list[int]:
+        return [getattr(self, name) for name in COUNTS_OF_PARTS]
 
     def count(self, document: Document) -> None:
         """Count a document, or a line without one."""
@@ -135,7 +150,7 @@ class PartSummary:
 
     @classmethod
     def read(cls, shard: Path) -> PartSummary:
-        """Load the summary of a part, which is beside its shard.
+        """Load the summary that is beside a shard.
 
         Raises:
             OSError, ValueError, TypeError: it is missing or damaged.
@@ -176,40 +191,42 @@ def sums_by_position(lists: Iterable[Sequence[int]]) -> list[int]:
 
 
 def shard_name(index: int) -> str:
-    """Return the name of the file with the rows of a part."""
+    """Return the name of the file with the rows of a shard."""
     return f"shard-{index:05d}.arrow"
 
 
 def summary_path(shard: Path) -> Path:
-    """Return the path of the file with the summary of a shard's part; the file is written when the shard is complete."""
+    """Return the path of the file with the summary of a shard's parts; it is written when the shard is complete."""
     return shard.with_suffix(".json")
 
 
-def write_shard(folder: Path, index: int, part: Part, recipe: Recipe, rule: DocumentRule = TEXT_RULE) -> Iterator[int]:
-    """Write shard and summary of a part; yield the number of its bytes that have been read so far.
+def write_shard(folder: Path, index: int, parts: Sequence[RuledPart], recipe: Recipe) -> Iterator[int]:
+    """Write shard and summary of some parts; yield the number of their bytes that have been read so far.
 
     Raises:
         DataError: the file cannot be read, or the tokenizer cannot encode one of the lines.
     """
-    with RecordReader(part, recipe.max_line_bytes, rule.fields) as records:
-        try:
-            documents = without_duplicates(rule.documents(records), folder, index)
-            for _ in write_documents(folder, index, documents, recipe):
-                yield records.bytes_read
-        except UnencodableDocumentError as error:
-            number = records_before(part, recipe.max_line_bytes) + error.number
-            raise DataError(f"{part.file.path} {part.file.record_name} {number:,}: {error}") from error
+    summary = PartSummary()
+    reader = PartsReader(parts, recipe.max_line_bytes, summary.end_part)
+    try:
+        for _ in write_documents(folder, index, without_duplicates(reader, folder, index), recipe, summary):
+            yield reader.bytes_read
+    except UnencodableDocumentError as error:
+        part, number = reader.locate(error.number)
+        number += records_before(part, recipe.max_line_bytes)
+        raise DataError(f"{part.file.path} {part.file.record_name} {number:,}: {error}") from error
 
 
-def write_documents(folder: Path, index: int, documents: Iterable[Document], recipe: Recipe) -> Iterator[None]:
-    """Write shard and summary of these documents; yield after each batch of them.
+def write_documents(
+    folder: Path, index: int, documents: Iterable[Document], recipe: Recipe, summary: PartSummary
+) -> Iterator[None]:
+    """Write a shard of these documents and its summary, to which their counts are added; yield after each batch of them.
 
     Raises:
         UnencodableDocumentError: the tokenizer cannot encode one of them.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a task has one CPU
     tokenizer = tokenizer_of(recipe)
-    summary = PartSummary()
     chunk = _Chunk(recipe.sequence_length, tokenizer)
     path = folder / shard_name(index)
     shard = ShardFile(path, chunk.schema)

@@ -4,7 +4,7 @@
     ├── shard-00000.arrow      Arrow IPC: tokens [rows, sequence_length]; of each row the lengths and line numbers of its
     │                          pieces, and a bit per position, set if its token is masked (null: none is)
     ├── shard-00000.documents  64-bit digest of each document (see overlap.py)
-    ├── shard-00000.json       counts of the part and CRC-32 of the shard; written after the shard
+    ├── shard-00000.json       counts of its parts and CRC-32 of the shard; written after the shard
     ├── manifest.json          totals and list of shards; written last
     └── checked.json           size, inode and times of the shards whose CRC-32 was verified
 
@@ -23,6 +23,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import zlib
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -100,7 +101,11 @@ class FileSummary:
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """A shard, its source file, and the number of lines of that file before it."""
+    """A shard, its source file, and the number of lines of that file before it.
+
+    A shard of several small files has the complete files; `more_files` has the name of each one after the first, and the
+    number of the shard's lines before it.
+    """
 
     name: str
     bytes: int
@@ -108,6 +113,15 @@ class ShardInfo:
     file: str
     lines_before: int
     crc32: int
+    more_files: tuple[tuple[str, int], ...] = ()
+
+    def locate(self, line: int) -> tuple[str, int]:
+        """Return the file of a line of the shard, and its number in the file."""
+        index = bisect_left(self.more_files, line, key=lambda entry: entry[1])
+        if index == 0:
+            return self.file, self.lines_before + line
+        name, before = self.more_files[index - 1]
+        return name, line - before
 
 
 @dataclass(frozen=True)
@@ -164,7 +178,10 @@ class Manifest:
         values = load_with_checksum(text)
         del values["padding"]
         values["files"] = tuple(FileSummary(**entry) for entry in values["files"])
-        values["shards"] = tuple(ShardInfo(**entry) for entry in values["shards"])
+        values["shards"] = tuple(
+            ShardInfo(**entry | {"more_files": tuple(map(tuple, entry.get("more_files", ())))})
+            for entry in values["shards"]
+        )
         values["first_bad_lines"] = tuple(LineProblem(**entry) for entry in values["first_bad_lines"])
         values["lengths"] = tuple(values.get("lengths", ()))
         if values.get("first_dropped"):
@@ -343,7 +360,7 @@ class TokenCache:
         index = int(np.searchsorted(self._shard_ends, row, side="right"))
         info = self.manifest.shards[index]
         batch, row_in_batch = self._shard(index).find(row - self._first_row(index))
-        return [(info.file, info.lines_before + int(line)) for line in batch.lines(row_in_batch)]
+        return [info.locate(int(line)) for line in batch.lines(row_in_batch)]
 
     def _first_row(self, shard: int) -> int:
         return int(self._shard_ends[shard]) - self.manifest.shards[shard].rows
@@ -399,7 +416,7 @@ class _Batch:
         return np.unpackbits(np.frombuffer(bits, dtype=np.uint8), count=length).view(bool)
 
     def lines(self, row: int) -> Unsigned:
-        """Return the line numbers of the pieces of a row, counted from the start of the part."""
+        """Return the line numbers of the pieces of a row, counted from the start of the shard's first part."""
         return self._lines[self._offsets[row] : self._offsets[row + 1]]
 
 

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from savant_ray.data.cache_builder import plan_source_parts
+from savant_ray.data.cache_builder import group_parts, plan_source_parts
 from savant_ray.data.deduplication import mark_duplicates, without_duplicates, write_scan
 from savant_ray.data.documents import DocumentRule, SourceText
 from savant_ray.data.overlap import document_digests
-from savant_ray.data.record_reader import RecordReader
+from savant_ray.data.record_reader import PartsReader, RuledPart
 from savant_ray.data.records import MAX_RECORD_BYTES
 from savant_ray.data.sources import expand
 
@@ -35,20 +35,23 @@ def test_the_first_of_equal_documents_stays(
         lines = (json.dumps({"body": f"text {text}"}) + "\n\n{}\n" for text in texts)
         (folder / f"{number}.jsonl").write_text("".join(lines))
     rule = DocumentRule(text="body")
-    parts = plan_source_parts([SourceText(expand(str(folder)), rule)], part_bytes)
+    sources = [SourceText(expand(str(folder)), rule)]
     cache = folder / "cache"
     cache.mkdir()
-    for index, part in enumerate(parts):
-        deque(write_scan(cache, index, part.part, MAX_RECORD_BYTES, rule), maxlen=0)
+    shards = [
+        [RuledPart(part.part, part.rule) for part in parts]
+        for parts in group_parts(plan_source_parts(sources, part_bytes), sources, part_bytes)
+    ]
+    for index, parts in enumerate(shards):
+        deque(write_scan(cache, index, parts, MAX_RECORD_BYTES), maxlen=0)
     digests = [document_digests(f"text {text}" for text in texts) for texts in earlier]
-    mark_duplicates(cache, len(parts), [np.frombuffer(content, np.uint64) for content in digests])
+    mark_duplicates(cache, len(shards), [np.frombuffer(content, np.uint64) for content in digests])
     kept, duplicates = [], 0
-    for index, part in enumerate(parts):
-        with RecordReader(part.part) as records:
-            for document in without_duplicates(rule.documents(records), cache, index):
-                duplicates += document.is_duplicate
-                if document.text:
-                    kept.append(document.text)
+    for index, parts in enumerate(shards):
+        for document in without_duplicates(PartsReader(parts, MAX_RECORD_BYTES), cache, index):
+            duplicates += document.is_duplicate
+            if document.text:
+                kept.append(document.text)
     all_texts = [f"text {text}" for texts in files for text in texts]
     before = {f"text {text}" for texts in earlier for text in texts}
     assert kept == [text for text in dict.fromkeys(all_texts) if text not in before]
@@ -58,10 +61,10 @@ def test_the_first_of_equal_documents_stays(
 def test_a_range_without_duplicates_is_read_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
     (part,) = plan_source_parts([SourceText(expand(str(tmp_path)))], None)
-    *_, n_bytes = write_scan(tmp_path, 0, part.part, MAX_RECORD_BYTES, part.rule)
+    parts = [RuledPart(part.part, part.rule)]
+    *_, n_bytes = write_scan(tmp_path, 0, parts, MAX_RECORD_BYTES)
     assert n_bytes == (tmp_path / "a.jsonl").stat().st_size
     mark_duplicates(tmp_path, 1, [])
-    with RecordReader(part.part) as records:
-        documents = list(without_duplicates(part.rule.documents(records), tmp_path, 0))
+    documents = list(without_duplicates(PartsReader(parts, MAX_RECORD_BYTES), tmp_path, 0))
     assert [document.text for document in documents] == ["a", "b"]
     assert not list(tmp_path.glob("*.np*")), "no scan and no duplicates"

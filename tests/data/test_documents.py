@@ -79,7 +79,7 @@ def test_a_record_gives_the_text_that_the_rule_describes(rule: DocumentRule, val
         (AUTO, {}, 'no "text" field (found: nothing)'),
         (AUTO, {"text": None}, '"text" is null, not a string'),
         (AUTO, {"text": ["a"]}, '"text" is an array, not a string'),
-        (AUTO, {"text": b"a"}, '"text" is binary, not a string'),
+        (AUTO, {"text": b"a"}, '"text" is binary data that is not UTF-8, not a string'),
         (AUTO, {"text": " \n"}, '"text" is empty'),
         (AUTO, {"text": "a\ud83d"}, '"text" contains half a surrogate pair (\\ud83d)'),
         (BODY, {"text": "b"}, 'no "body" field (found: text)'),

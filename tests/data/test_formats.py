@@ -285,8 +285,29 @@ def test_columns_that_the_rule_does_not_name_cannot_make_a_row_invalid(tmp_path:
 
     assert results(text="body") == [("a", ""), ("b", ""), ("", '"body" is null, not a string')]
     assert results(template="{body}!", equals=(("lang", "de"),)) == [("", ""), ("b!", ""), ("", "")]
-    assert results() == [("", '"page" is not valid UTF-8')] * 3
+    assert results(text="page") == [("", '"page" is binary data that is not UTF-8, not a string')] * 3
     assert [document.text for document in documents(files, rule=DocumentRule(text="body"))] == ["a", "b"]
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "x.arrow"])
+@pytest.mark.parametrize("binary", [pa.binary(), pa.binary(4), pa.struct({"bytes": pa.large_binary()})])
+@pytest.mark.parametrize(
+    ("fields", "rule", "text"),
+    [
+        ({"text": "a"}, {}, "a"),
+        ({"meta": {"text": "b"}}, {"text": "meta.text"}, "b"),
+        ({"prompt": "c", "completion": "d"}, {}, "Question: c\nAnswer: d"),
+    ],
+)
+def test_binary_columns_beside_the_text_make_no_row_invalid(
+    tmp_path: Path, name: str, binary: pa.DataType, fields: dict[str, Any], rule: dict[str, Any], text: str
+) -> None:
+    values = [b"\x89PNG", b"text", b"\xff\xd8\xff\xe0", None]
+    column = pa.array([{"bytes": value} for value in values] if pa.types.is_struct(binary) else values, binary)
+    table = pa.table({"image": column, **{field: [value] * len(values) for field, value in fields.items()}})
+    (pq.write_table if name.endswith("parquet") else pyarrow.feather.write_feather)(table, tmp_path / name)
+    read_documents = documents(expand(str(tmp_path / name)), rule=DocumentRule(**rule))
+    assert [document.text for document in read_documents] == [text] * len(values)
 
 
 def test_a_table_with_ten_thousand_columns_is_read(tmp_path: Path) -> None:
@@ -320,11 +341,15 @@ def test_a_row_without_a_text_is_reported_with_its_columns(tmp_path: Path) -> No
 def test_invalid_rows_of_a_table_are_reported_and_the_others_are_read(tmp_path: Path) -> None:
     binary = pa.array([b"a", b"\xff", b"c", b"x" * 3_000], pa.binary())
     damaged = pa.StringArray.from_buffers(4, *binary.buffers()[1:])
+    reasons = {"binary": "binary data that is not UTF-8, not a string", "string": "not valid UTF-8"}
     for name, column in {"binary": binary, "string": damaged}.items():
         pyarrow.feather.write_feather(pa.table({"text": column}), tmp_path / f"{name}.arrow")
-        records = read(tmp_path / f"{name}.arrow", limit=2_000)
-        assert [record.value["text"] for record in records if record.value] == ["a", "c"]
-        assert problems(records) == {2: '"text" is not valid UTF-8', 4: "row of 3,004 bytes, over the limit of 2,000"}
+        found = list(TEXT_RULE.documents(read(tmp_path / f"{name}.arrow", limit=2_000)))
+        assert [document.text for document in found] == ["a", "", "c", ""]
+        assert [found[1].problem, found[3].problem] == [
+            f'"text" is {reasons[name]}',
+            "row of 3,004 bytes, over the limit of 2,000",
+        ]
 
 
 def test_an_invalid_value_in_a_list_of_parquet_concerns_only_its_row(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from savant_ray.data.tokenizer import Tokenizer
 def cache_of(documents: Sequence[Document], tokenizer: Tokenizer, sequence_length: int, folder: Path) -> TokenCache:
     """Return a token cache of one shard with these documents, each of which has its number."""
     folder.mkdir(parents=True, exist_ok=True)
-    list(write_documents(folder, 0, documents, Recipe.of(tokenizer, sequence_length, 1 << 20)))
+    list(write_documents(folder, 0, documents, Recipe.of(tokenizer, sequence_length, 1 << 20), PartSummary()))
     counts = PartSummary.read(folder / shard_name(0))
     names = {field.name for field in fields(Manifest)} & {field.name for field in fields(PartSummary)}
     manifest = Manifest(

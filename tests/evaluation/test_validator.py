@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from savant_ray.config import Config
-from savant_ray.data.record_reader import plan_parts
+from savant_ray.data.record_reader import RuledPart, plan_parts
 from savant_ray.data.shard_writer import Recipe, shard_name, write_shard
 from savant_ray.data.sources import expand
 from savant_ray.data.token_cache import Sequences
@@ -168,7 +168,7 @@ def packed(texts: list[str], tokenizer: Tokenizer, folder: Path) -> Sequences:
     path = folder / "texts.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     (part,) = plan_parts(expand(str(path)))
-    list(write_shard(folder, 0, part, Recipe.of(tokenizer, LENGTH, 1 << 20)))
+    list(write_shard(folder, 0, [RuledPart(part)], Recipe.of(tokenizer, LENGTH, 1 << 20)))
     rows = pa.ipc.open_file(folder / shard_name(0)).read_all().to_pydict()
     sequences = Sequences.empty(len(rows["tokens"]), LENGTH)
     for row, lengths in enumerate(rows["lengths"]):

@@ -302,9 +302,10 @@ class _ArrowStream(_Table):
 def _values(column: pa.Array) -> list[Any]:
     """Return the values of a column as JSON has them.
 
-    Times, decimals and the like are strings, binary values are decoded as UTF-8. Within the items of a list, such as
-    messages, objects have no fields without a value: a table has the fields of all rows in each object, so a tool call would
-    be written with the arguments of all tools.
+    Times, decimals and the like are strings, and so are binary values that are UTF-8. Others, such as images, remain bytes,
+    because a document may not need them. Within the items of a list, such as messages, objects have no fields without a
+    value: a table has the fields of all rows in each object, so a tool call would be written with the arguments of all
+    tools.
 
     Raises:
         Exception: one of them has no such value.
@@ -369,7 +370,10 @@ def _json_value(value: Any) -> Any:
     if value is None or isinstance(value, (str, bool, int, float)):
         return value
     if isinstance(value, bytes):
-        return value.decode()
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return value
     if isinstance(value, dict):
         return {str(key): _json_value(item) for key, item in value.items()}
     if isinstance(value, list):
