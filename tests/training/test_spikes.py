@@ -84,7 +84,7 @@ def test_50_of_50_injected_spikes_are_found_at_any_step_and_quiet_steps_are_not(
     for case in range(50):
         steps = quiet_steps(1_000, seed=case)
         at, factor = draw.randrange(WINDOW, 1_000), 10 ** draw.uniform(1.2, 3)
-        window = filled(steps[:at])
+        window = filled(steps[max(0, at - WINDOW - MIN_STEPS) : at])
         loss, norm = steps[at]
         found += (
             window.find(loss * (factor if of != "gradient norm" else 1), norm * (factor if of != "loss" else 1))
@@ -274,16 +274,22 @@ def test_without_a_checkpoint_the_step_takes_other_sequences_and_the_weights_are
     host.train(state)
     (rewound,) = host.of(Rewound)
     assert rewound.step == QUIET
-    with_checkpoint, other = trained(config, bad)
+    with_checkpoint, other = uninterrupted("rewind")
     assert losses(host) == losses(with_checkpoint)
     assert_equal_weights(state, other)
+
+
+@cache
+def uninterrupted(action: str) -> tuple[Host, TrainingState]:
+    """Return a run with a spike in the step after the quiet ones."""
+    return trained(spiky(on_spike=action), positions_of(QUIET + 1))
 
 
 @pytest.mark.parametrize("stop_at", [QUIET - 1, QUIET, QUIET + 1, QUIET + 3])
 @pytest.mark.parametrize("action", ["warn", "skip", "rewind"])
 def test_a_run_that_stops_before_in_or_after_a_spike_resumes_bit_for_bit(action: str, stop_at: int) -> None:
     config, bad = spiky(on_spike=action), positions_of(QUIET + 1)
-    straight_host, straight = trained(config, bad)
+    straight_host, straight = uninterrupted(action)
     first, _ = trained(config, bad, stop_at=stop_at)
     second, state = resumed(Host(config, bad), first.checkpoint, first.files)
     assert losses(first, second) == losses(straight_host)
