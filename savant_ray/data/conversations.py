@@ -89,8 +89,8 @@ class ChatTemplate:
     problem: str = field(default="", repr=False)
     version: int = field(default=2, init=False)  # of the ranges; a part of the identity of a token cache
 
-    def render(self, messages: Sequence[Message]) -> Rendered:
-        """Render a conversation.
+    def render(self, messages: Sequence[Message], only_last_answer: bool = False) -> Rendered:
+        """Render a conversation; with `only_last_answer`, the last message's range may be the only one that is returned.
 
         The ranges are those of the template's `{% generation %}` blocks. A template without such blocks is rendered again
         with marks around the contents of the assistant, and once for each of them with the messages up to it: what follows
@@ -113,7 +113,7 @@ class ChatTemplate:
         messages = [{key: value for key, value in message.items() if key != WEIGHT} for message in messages]
         marked = self._render(messages)
         text, blocks = _without_marks(marked)
-        answers = blocks if blocks else self._contents(messages, text)
+        answers = blocks if blocks else self._contents(messages, text, only_last_answer)
         if blocks is None or answers is None:
             raise ConversationError("the chat template changes the contents of the assistant, so they cannot be found")
         if not all(is_trained):
@@ -122,8 +122,11 @@ class ChatTemplate:
             answers = tuple(compress(answers, is_trained))
         return self._without_affixes(text, _with_space_before(text, answers))
 
-    def _contents(self, messages: Sequence[Message], text: str) -> Ranges | None:
-        """Return the range of each message of the assistant, None if the rendered contents cannot be found."""
+    def _contents(self, messages: Sequence[Message], text: str, only_last_answer: bool) -> Ranges | None:
+        """Return the range of each message of the assistant, None if the rendered contents cannot be found.
+
+        With `only_last_answer`, contents before the last message have an empty range, because each would need a rendering.
+        """
         indices = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         contents = self._marked_contents(messages, text)
         if contents is None or len(contents) != sum(_is_marked(messages[index]) for index in indices):
@@ -131,17 +134,20 @@ class ChatTemplate:
         answers = []
         ranges = iter(contents)
         for index in indices:
-            if not _is_marked(messages[index]) and not _has_tool_calls(messages[index]):
-                answers.append((0, 0))  # an empty answer, of which nothing is trained on
+            content = next(ranges) if _is_marked(messages[index]) else None
+            is_last = index == len(messages) - 1
+            is_empty = content is None and not _has_tool_calls(messages[index])  # nothing of it is trained on
+            if is_empty or (only_last_answer and content is not None and not is_last):
+                answers.append((0, 0))
                 continue
-            until_here = text if index == len(messages) - 1 else self._prefix(messages[: index + 1])
-            if not _is_marked(messages[index]):
+            until_here = text if is_last else self._prefix(messages[: index + 1])
+            if content is None:
                 before = self._before_tool_calls(messages[: index + 1])
                 if not (text.startswith(until_here) and until_here.startswith(before)):
                     return None
                 answers.append((len(before), len(until_here)))
                 continue
-            start, stop = next(ranges)
+            start, stop = content
             if text.startswith(until_here) and len(until_here) >= stop:
                 answers.append((start, len(until_here)))
             else:  # the template writes earlier turns in another way than the last one
@@ -226,7 +232,7 @@ def conversation_prompt(messages: Sequence[Message], template: ChatTemplate | No
     if not messages or messages[-1]["role"] == "assistant":
         raise ConversationError("the conversation has no message that the assistant could answer")
     with_answer = [*messages, {"role": "assistant", "content": PROBE}]
-    rendered = plain_form(with_answer) if template is None else template.render(with_answer)
+    rendered = plain_form(with_answer) if template is None else template.render(with_answer, only_last_answer=True)
     if not rendered.answers:
         raise ConversationError("the chat template does not write the answer of the assistant")
     return rendered.text[: rendered.answers[-1][0]]

@@ -480,14 +480,24 @@ class IncrementalDecoder:
         self._tokenizer = tokenizer
         self._context = tokenizer.decoding_context(prompt)  # ids whose text has been returned
         self._pending: list[int] = []
+        self._n_complete, self._n_waiting = (
+            0,
+            0,
+        )  # complete characters of the pending ids, and ids since the last of them
 
     def push(self, token: int) -> str:
-        """Add an id; return the text of all pending ids, or "" while their last character is incomplete."""
+        """Add an id; return the text of all pending ids, or "" while their last character is incomplete.
+
+        In some vocabularies an id ends one character and begins the next one, so several such ids may be pending.
+        """
         self._pending.append(token)
         text = self._new_text()
-        if not text or (text.endswith(REPLACEMENT) and len(self._pending) < MAX_CHARACTER_BYTES):
+        n_complete = len(text.rstrip(REPLACEMENT))
+        self._n_waiting = 0 if n_complete > self._n_complete else self._n_waiting + bool(text)
+        self._n_complete = n_complete
+        if not text or (text.endswith(REPLACEMENT) and self._n_waiting < MAX_CHARACTER_BYTES):
             return ""
-        self._context, self._pending = self._pending, []
+        self._context, self._pending, self._n_complete, self._n_waiting = self._pending, [], 0, 0
         return text
 
     def finish(self) -> str:

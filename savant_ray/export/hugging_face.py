@@ -22,6 +22,7 @@ from savant_ray.errors import CheckpointError
 from savant_ray.evaluation.from_checkpoint import load_model
 from savant_ray.export.logic_task import can_encode_suite, write_logic_task
 from savant_ray.export.model_card import model_card
+from savant_ray.inference.answer_text import turn_end
 from savant_ray.training.checkpoint import find_checkpoint, step_of
 from savant_ray.training.safetensors_export import WEIGHTS, new_folder, refuse_existing_output, write_weights
 
@@ -141,9 +142,10 @@ def _special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def _generation_config(config: Config, tokenizer: Tokenizer, special: dict[str, str]) -> dict[str, Any]:
-    """Return the run's generation settings; generation ends at the end of a document."""
+    """Return the run's generation settings; generation ends at the end of a document, and where `turn_end` has a token."""
     temperature = config.validation.temperature
-    ids: dict[str, Any] = {"eos_token_id": tokenizer.end_of_document}
+    ends = list(dict.fromkeys([tokenizer.end_of_document, *turn_end(tokenizer).tokens]))
+    ids: dict[str, Any] = {"eos_token_id": ends if len(ends) > 1 else ends[0]}
     ids |= {f"{name}_id": tokenizer.id_of(special[name]) for name in ("bos_token", "pad_token") if name in special}
     # The default of transformers would sample from the 50 most likely tokens only.
     sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}

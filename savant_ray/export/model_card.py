@@ -17,7 +17,7 @@ from savant_ray.export.logic_task import can_encode_suite, lm_eval_command
 from savant_ray.model.transformer import n_parameters
 from savant_ray.reporting.record import METRICS, intact_events
 from savant_ray.reporting.wording import figure, percent
-from savant_ray.training.checkpoint import RECORDS
+from savant_ray.training.checkpoint import NO_FINGERPRINT, RECORDS, read_manifest
 
 CARD = """\
 ---
@@ -29,7 +29,7 @@ tags: [savant, recurrent-depth]
 # {name}
 
 A Savant language model: one transformer block with gated residual connections, applied {n_loops} times with the same
-weights. It was trained and exported with savant_ray {version}.
+weights. {origin} with savant_ray {version}.
 
 {figures}
 
@@ -63,20 +63,30 @@ The folder `lm_eval` has the logic suite as a task of lm-eval:
 
 
 def model_card(folder: Path, step: int, config: Config, tokenizer: Tokenizer) -> str:
-    """Return the model card of the checkpoint in `folder`; paths of the training text are left out."""
-    figures = {
-        "parameters": f"{n_parameters(config.model):,}",
-        "training": f"{step:,} of {config.training.max_steps:,} steps of {config.training.effective_batch:,} sequences of "
-        f"{config.model.max_seq_len:,} tokens",
-        "optimizer": f"{config.training.optimizer}, peak learning rate {config.training.learning_rate:g}",
-        **_figures_of_run(folder, step),
-    }
+    """Return the model card of the checkpoint in `folder`; paths of the training text are left out.
+
+    If it was converted from a file of the original script, which does not contain the settings of its training, they are
+    left out, too.
+    """
+    training, figures = config.training, {"parameters": f"{n_parameters(config.model):,}"}
+    if read_manifest(folder)["data_fingerprint"] == NO_FINGERPRINT:
+        origin = "It was trained with the original script and exported"
+        figures |= {"training": f"up to step {step:,}"}
+    else:
+        origin = "It was trained and exported"
+        figures |= {
+            "training": f"{step:,} of {training.max_steps:,} steps of {training.effective_batch:,} sequences of "
+            f"{config.model.max_seq_len:,} tokens",
+            "optimizer": f"{training.optimizer}, peak learning rate {training.learning_rate:g}",
+            **_figures_of_run(folder, step),
+        }
     rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
     has_suite = can_encode_suite(tokenizer)
     card = CARD.format(
         name=_escaped(config.run.name),
         n_loops=config.model.n_loops,
         trained_loops=_trained_loops(config),
+        origin=origin,
         version=savant_ray.__version__,
         figures=f"| | |\n|---|---|\n{rows}",
         max_new_tokens=config.validation.max_new_tokens,

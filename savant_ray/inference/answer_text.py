@@ -79,15 +79,18 @@ class AnswerText:
             self._held += self._decoder.finish()
             self._find_stop()
             return self._take(len(self._held))
-        beginnings = (stop[:length] for stop in self._end.texts for length in range(len(stop)))
-        n_held = max((len(beginning) for beginning in beginnings if self._held.endswith(beginning)), default=0)
-        return self._take(len(self._held) - n_held)
+        return self._take(len(self._held) - self._n_held_back())
 
     def _find_stop(self) -> bool:
         found = [index for stop in self._end.texts if (index := self._held.find(stop)) >= 0]
         if found:
             self._held, self.is_stopped = self._held[: min(found)], True
         return self.is_stopped
+
+    def _n_held_back(self) -> int:
+        """Return the length of the longest end of the held text with which one of `end.texts` begins."""
+        lengths = range(1, len(self._held) + 1)  # a stop of a request may be much longer
+        return max((n for n in lengths if any(stop.startswith(self._held[-n:]) for stop in self._end.texts)), default=0)
 
     def _take(self, length: int) -> str:
         text, self._held = self._held[:length], self._held[length:]

@@ -9,7 +9,16 @@ import time
 import uuid
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    ValidationError,
+    model_validator,
+)
 
 from savant_ray.command_line import MAX_SEED, MIN_SEED
 from savant_ray.data.conversations import Message, normalized_messages
@@ -62,7 +71,7 @@ class _Request(BaseModel):
     top_p: float | None = Field(None, ge=1, le=1)
     presence_penalty: float | None = Field(None, ge=0, le=0)
     frequency_penalty: float | None = Field(None, ge=0, le=0)
-    logprobs: Literal[False] | None = None
+    logprobs: Annotated[StrictBool, Field(le=False)] | None = None  # 0 would ask for those of a completion's tokens
     logit_bias: dict[str, float] | None = Field(None, max_length=0)
     response_format: dict[Literal["type"], Literal["text"]] | None = None
 

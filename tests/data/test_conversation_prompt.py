@@ -130,6 +130,22 @@ def test_a_prompt_ends_where_the_answer_begins() -> None:
     assert conversation_prompt(question, ChatTemplate(CHATML)).endswith("<|im_end|>\n<|im_start|>assistant\n")
 
 
+@pytest.mark.parametrize("template", [CHATML, LLAMA, MISTRAL, ZEPHYR, WITHOUT_THOUGHTS, WITH_EMPTY_THOUGHTS, ALPACA])
+def test_the_cost_of_a_prompt_does_not_grow_with_the_square_of_the_conversation(
+    template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    render, sizes = ChatTemplate._render, list[int]()
+
+    def counted(self: ChatTemplate, messages: list[dict[str, str]], *options: bool) -> str:
+        sizes.append(len(messages))
+        return render(self, messages, *options)
+
+    monkeypatch.setattr(ChatTemplate, "_render", counted)
+    messages = conversation(5, False) * 40
+    prompt = conversation_prompt(messages[:-1], ChatTemplate(template, TOKENS))
+    assert prompt.count(QUESTIONS[0]) == 40 and len(sizes) <= 4
+
+
 @pytest.mark.parametrize("content", ["", " \n"])
 @pytest.mark.parametrize("template", [CHATML, LLAMA, MISTRAL, ZEPHYR, MARKED])
 def test_an_answer_that_was_stopped_at_once_may_be_in_the_conversation(template: str, content: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -71,6 +72,23 @@ def test_incremental_decoding_returns_complete_characters_only(trained: Tokenize
     decoder = IncrementalDecoder(trained)
     pieces = [decoder.push(token) for token in trained.encode("🎈ß")]
     assert [text for text in pieces if text] == ["🎈", "ß"]
+
+
+@pytest.mark.parametrize("text", ["жжжжжжжж", "ж or жжжжжж", "字字字字字字", "😀😀😀😀😀😀", "😀ж字😀ж字😀"])
+def test_incremental_decoding_returns_characters_whose_bytes_are_in_tokens_of_two_characters(text: str) -> None:
+    pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    ((symbols, _),) = pre_tokenizer.pre_tokenize_str(text)
+    ends = itertools.accumulate(len(character.encode()) for character in text)
+    merges = {(symbols[end - 1], symbols[end]) for end in ends if end < len(symbols)}  # a last byte and a first one
+    vocabulary = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *sorted(map("".join, merges)), "</s>"]
+    inner = tokenizers.Tokenizer(models.BPE(dict(zip(vocabulary, itertools.count())), sorted(merges)))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizer, decoders.ByteLevel()
+    inner.add_special_tokens(["</s>"])
+    tokenizer = Tokenizer(inner)
+    ids = tokenizer.encode(text)
+    for special in ([], [tokenizer.end_of_document] * 3):  # special tokens have no text
+        decoder = IncrementalDecoder(tokenizer)
+        assert "".join(map(decoder.push, [*special, *ids])) + decoder.finish() == text
 
 
 def test_incremental_decoding_returns_invalid_bytes_as_replacement_characters(trained: Tokenizer) -> None:

@@ -58,7 +58,9 @@ def write_run(tmp_path: Path, trained_tokenizer: Tokenizer) -> WriteRun:
             }
         )
         texts = {"config.yaml": dump_yaml(config), "tokenizer.json": tokenizer_json or trained_tokenizer.to_json()}
-        content = {**new_state(config, CPU).to_checkpoint(), "step": 3, "model_state_dict": weights(config)}
+        state = new_state(config, CPU)
+        state.data_fingerprint = "a text"
+        content = {**state.to_checkpoint(), "step": 3, "model_state_dict": weights(config)}
         return write_checkpoint(tmp_path / "test_run", content, texts | (files or {})).parent
 
     return write

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import stat
 from pathlib import Path
@@ -169,6 +170,28 @@ def test_tokens_that_are_never_sampled_are_suppressed_in_generation(
     }
 
 
+@pytest.mark.parametrize(
+    ("after_an_answer", "ends"),
+    [
+        ("<|im_end|>\n", ["<|end_of_document|>", "<|im_end|>"]),
+        ("<|end_of_document|>", "<|end_of_document|>"),
+        ("\n\n", "<|end_of_document|>"),
+        ("<|eot|><|im_end|>", ["<|end_of_document|>", "<|eot|>"]),
+    ],
+)
+def test_generation_ends_where_the_chat_template_ends_an_answer_as_in_savant_chat(
+    after_an_answer: str, ends: str | list[str], write_run: WriteRun, output: Path, trained_tokenizer: Tokenizer
+) -> None:
+    inner = tokenizers.Tokenizer.from_str(trained_tokenizer.to_json())
+    inner.add_special_tokens(["<|im_end|>", "<|eot|>"])
+    written = f"{{{{ message['role'] + ': ' + message['content'] + {after_an_answer!r} }}}}"
+    files = {"chat_template.jinja": f"{{% for message in messages %}}{written}{{% endfor %}}"}
+    export_hugging_face(write_run(tokenizer_json=inner.to_str(), files=files), output)
+    ids = read_json(output / "generation_config.json")["eos_token_id"]
+    names = [inner.id_to_token(number) for number in ids] if isinstance(ids, list) else inner.id_to_token(ids)
+    assert names == ends
+
+
 def test_generation_samples_as_the_run_does(write_run: WriteRun, output: Path) -> None:
     export_hugging_face(write_run(validation={"temperature": 0.7}), output)
     sampling = {"do_sample": True, "temperature": 0.7, "top_k": 0, "top_p": 1.0}
@@ -284,3 +307,6 @@ def test_a_file_of_the_original_is_exported_with_the_named_settings(output: Path
     assert (config["hidden_size"], config["num_attention_heads"], config["num_loops"]) == (16, 2, 5)
     names = dict(UniversalTransformer(ModelConfig(dim=16, n_heads=2)).named_parameters())
     assert load_file(output / "model.safetensors").keys() == names.keys()
+    card = (output / "README.md").read_text()
+    assert "trained with the original script" in card and "up to step 1 |" in card
+    assert not re.search("optimizer|learning rate|sequences of|steps of", card)  # the file does not contain them

@@ -64,6 +64,13 @@ def test_text_that_is_no_beginning_of_a_stop_is_sent_at_once(tokenizer: Tokenize
     assert "".join(pieces[:-1]).startswith("one two ") and "".join(pieces) == "one two three four"
 
 
+def test_a_long_stop_takes_no_longer_than_a_short_one(tokenizer: Tokenizer) -> None:
+    stops = ["four" + "x" * 1_000_000]  # comparing the text with each beginning of it would take minutes
+    pieces, _, is_stopped = text_of(tokenizer, "one two three four five", stops, 1)
+    assert "".join(pieces) == "one two three four five" and not is_stopped
+    assert "".join(pieces[:4]).startswith("one two ")
+
+
 @pytest.mark.parametrize(
     ("kind", "body", "param", "message"),
     [
@@ -85,6 +92,8 @@ def test_text_that_is_no_beginning_of_a_stop_is_sent_at_once(tokenizer: Tokenize
         (CompletionRequest, '{"prompt": 5}', "prompt", "list of token ids"),
         (CompletionRequest, '{"prompt": "x", "best": 1}', "best", "not permitted"),
         (CompletionRequest, '{"prompt": "x", "logprobs": 3}', "logprobs", ""),
+        (CompletionRequest, '{"prompt": "x", "logprobs": 0}', "logprobs", "boolean"),
+        (ChatRequest, '{"messages": [], "logprobs": true}', "logprobs", "less than"),
         (CompletionRequest, '{"prompt": "x", "max_tokens": 3, "max_completion_tokens": 4}', None, "not both"),
         (CompletionRequest, '{"prompt": "x", "max_tokens": 0, "max_completion_tokens": 0}', "max_completion_tokens", "1"),
         (ChatRequest, '{"messages": "x"}', "messages", "array"),
@@ -109,6 +118,7 @@ def test_a_malformed_request_is_refused_with_the_parameter(
 
 def test_parameters_that_change_nothing_are_accepted() -> None:
     neutral = {"n": 1, "top_p": 1, "presence_penalty": 0, "frequency_penalty": 0, "user": "me", "stop": None}
+    neutral |= {"logprobs": False}
     neutral |= {"logit_bias": {}, "response_format": {"type": "text"}}
     completion = parse_request(
         CompletionRequest, json.dumps({"prompt": ["x"], "best_of": 1, "echo": False, **neutral}).encode()
