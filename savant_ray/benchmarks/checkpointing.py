@@ -63,7 +63,7 @@ def _measure(settings: dict[str, Any]) -> None:
 
     config = Config.from_dict({"model": settings["model"]})
     state = new_state(config, torch.device("cpu"), "fp32")
-    saver = Saver(LocalStorage(Path(settings["folder"], "run")), {}, [], lambda event: None)
+    saver = Saver(LocalStorage(Path(settings["folder"], "run")), {}, [], lambda event: 0)
     host_copy = HostCopy()
     scratch = Path(settings["folder"], "scratch")
     scratch.mkdir()

@@ -240,7 +240,7 @@ def test_in_a_local_folder_a_checkpoint_that_was_being_written_when_the_run_was_
             pass
 
     monkeypatch.setattr(torch, "save", slowly)
-    saver = Saver(worker, {}, [], lambda event: None)
+    saver = Saver(worker, {}, [], lambda event: 0)
     saver.begin(500, "periodic", lambda: content(500), {})
     with pytest.raises(SavantError, match="another process trains this run now"):
         saver.finish()
