@@ -74,6 +74,9 @@ submit: install
 	exec "$(VENV)/bin/ray" job submit --address "$$dashboard" --working-dir . --runtime-env jobs/runtime_env.yaml \
 	    -- python jobs/train.py --config "$$config_file" $(ARGS)
 
+# Tests start hundreds of Python processes, which would all compile the package if this variable is set.
+test test-quick test-all coverage: export PYTHONDONTWRITEBYTECODE :=
+
 test: lint  # the tests of `make check` are among these
 	@exec $(PYTEST) -m "not rare" $(IN_TWO_PROCESSES) $(ARGS)
 

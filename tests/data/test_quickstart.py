@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from savant_ray.data import quickstart
 from savant_ray.data.quickstart import CHAT_FILE, GENIUS_FILE, TRAIN_FILE, VALIDATION_FILE, write_quickstart
 from savant_ray.data.quickstart.problems import TEMPLATES, is_held_out, problems
 from savant_ray.data.quickstart.wordings import ITEMS, NAMES, UNITS, UNSEEN, is_held_out_form
@@ -107,7 +108,8 @@ def test_another_process_writes_the_same_bytes_and_no_other_files(folder, tmp_pa
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
 
 
-def test_existing_files_are_kept_unless_force_is_set(tmp_path):
+def test_existing_files_are_kept_unless_force_is_set(tmp_path, monkeypatch):
+    monkeypatch.setattr(quickstart, "_generate", lambda: {name: [{"text": "generated"}] for name in quickstart.FILES})
     (tmp_path / TRAIN_FILE).write_text("mine\n")
     messages: list[str] = []
     write_quickstart(tmp_path, log=messages.append)

@@ -6,6 +6,7 @@ The tests run as on a CPU and as on a GPU, where a recorded decoding step is rep
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -64,8 +65,7 @@ def take(decoder: Decoder, answers: dict[int, list[int]], ended: set[int]) -> bo
     return bool(tokens)
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("positions", ["none", "rotary"])
+@pytest.mark.parametrize(("positions", "seed"), [("none", 0), ("rotary", 1), ("rotary", 2)])
 def test_answers_do_not_depend_on_when_they_join_and_others_leave(positions: str, seed: int) -> None:
     """Windows of 4 tokens wrap around within each answer. Some answers are canceled, and the batch is empty at times."""
     rng = random.Random(seed)
@@ -123,19 +123,23 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_buffers_do_not_grow_while_the_batch_is_never_empty(execution: str) -> None:
-    """Three answers are always in progress, far past the 256 slots of the first buffers."""
+    """Three answers are always in progress, far past the 256 slots of the first buffers.
+
+    Operators are watched in the first ten turns and the last three only, because that is slow.
+    """
     model = model_with(positions="rotary")
     short = sampling(end_of_document=-1, max_new_tokens=30 if execution == "eager" else 62)
     decoder, sizes, n_tokens = Decoder(model, short), [], 0
     decoder.add([[5]], [short])
     for turn in range(30):
-        with LargestTensor() as largest:
+        with LargestTensor() if turn < 10 or turn >= 27 else nullcontext() as largest:
             decoder.add([[6 + turn % 30]], [short])
             for _ in range(11 if execution == "eager" else 3):
                 tokens = decoder.next_tokens()
                 n_tokens += max((len(new.ids) for new in tokens.values()), default=0)
         assert tokens, "the batch is not empty"
-        sizes.append(largest.size)
+        if largest is not None:
+            sizes.append(largest.size)
     assert n_tokens > 300 and max(sizes[10:]) <= max(sizes[:10])
 
 

@@ -46,20 +46,23 @@ def sampling(**changes: object) -> Sampling:
     return Sampling(**(defaults | changes))
 
 
-def recomputed(model: UniversalTransformer, prompt: list[int], n_tokens: int, n_loops: int | None = None) -> list[int]:
-    """Return the greedy answer, computed from the complete text for each token, without a cache."""
-    text = list(prompt)
-    for _ in range(n_tokens):
-        hidden = model.hidden_states(torch.tensor([text]), n_loops=n_loops)
-        logits = model.head(hidden)[0, -1]
-        logits[[0, 2, *range(40, 50)]] = float("-inf")
-        text.append(int(logits.argmax()))
-    return text[len(prompt) :]
+def recomputed(
+    model: UniversalTransformer, prompt: list[int], answer: list[int], n_loops: int | None = None
+) -> list[int]:
+    """Return the most likely token after each prefix of the text, without a cache.
+
+    It is the answer if and only if the answer is the greedy one.
+    """
+    hidden = model.hidden_states(torch.tensor([prompt + answer]), n_loops=n_loops)
+    logits = model.head(hidden)[0, len(prompt) - 1 : -1]
+    logits[:, [0, 2, *range(40, 50)]] = float("-inf")
+    return logits.argmax(dim=-1).tolist()
 
 
 def test_greedy_answers_equal_full_recomputation_of_the_prefix(model: UniversalTransformer) -> None:
-    parameters = sampling(temperature=0, end_of_document=-1, max_new_tokens=3 * LENGTH)
-    assert list(generate(model, PROMPT, parameters)) == recomputed(model, PROMPT, 3 * LENGTH), "on past max_seq_len"
+    answer = list(generate(model, PROMPT, sampling(temperature=0, end_of_document=-1, max_new_tokens=3 * LENGTH)))
+    assert len(answer) == 3 * LENGTH, "on past max_seq_len"
+    assert answer == recomputed(model, PROMPT, answer)
 
 
 @pytest.mark.parametrize("positions", ["none", "rotary"])
@@ -71,8 +74,10 @@ def test_greedy_answers_to_prompts_of_different_lengths_equal_full_recomputation
     model = model_with(window_size=window_size, positions=positions)
     prompts = [[5], [3 + i % 30 for i in range(25)], PROMPT]
     parameters = sampling(temperature=0, end_of_document=-1, max_new_tokens=20)
-    expected = [recomputed(model, prompt, 20, n_loops) for prompt in prompts]
-    assert generate_many(model, prompts, parameters, n_loops) == expected
+    answers = generate_many(model, prompts, parameters, n_loops)
+    assert [len(answer) for answer in answers] == [20] * 3
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert answer == recomputed(model, prompt, answer, n_loops)
 
 
 class RecordedShapes(TorchDispatchMode):
@@ -96,10 +101,12 @@ def test_weights_laid_out_as_on_a_gpu_give_the_same_tokens(positions: str, monke
     model = model_with(positions=positions)
     prompts = [[5], [3 + i % 30 for i in range(25)], PROMPT]
     parameters = sampling(temperature=0, end_of_document=-1, max_new_tokens=40)
-    expected = [recomputed(model, prompt, 40) for prompt in prompts]
-    monkeypatch.setitem(transformer.WEIGHT_PACKING, "cpu", transformer.WEIGHT_PACKING["cuda"])
-    with RecordedShapes() as recorded:
-        assert generate_many(model, prompts, parameters) == expected
+    with monkeypatch.context() as gpu, RecordedShapes() as recorded:
+        gpu.setitem(transformer.WEIGHT_PACKING, "cpu", transformer.WEIGHT_PACKING["cuda"])
+        answers = generate_many(model, prompts, parameters)
+    assert [len(answer) for answer in answers] == [40] * 3
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert answer == recomputed(model, prompt, answer)
     dim, vocab_size = model.config.dim, model.config.vocab_size
     assert set(recorded.weights) == {(dim, 3 * dim), (dim, dim), (dim, 2 * 64), (64, dim), (dim, vocab_size)}
 
@@ -116,10 +123,9 @@ def test_buffers_grow_with_the_text(window_size: int) -> None:
     prompts = [[3 + i % 30 for i in range(length)] for length in (240, 180)]
     parameters = sampling(temperature=0, end_of_document=-1, max_new_tokens=350)
     answers = generate_many(model, prompts, parameters)
+    assert [len(answer) for answer in answers] == [350] * 2
     for prompt, answer in zip(prompts, answers, strict=True):
-        logits = model(torch.tensor([prompt + answer]))[0, len(prompt) - 1 : -1]
-        logits[:, [0, 2, *range(40, 50)]] = float("-inf")
-        assert answer == logits.argmax(dim=-1).tolist()
+        assert answer == recomputed(model, prompt, answer)
 
 
 def model_with(**changes: Any) -> UniversalTransformer:
@@ -156,7 +162,7 @@ def test_at_temperatures_near_0_the_most_likely_token_is_drawn(temperature: floa
 def test_at_very_high_temperatures_every_allowed_token_is_drawn(
     temperature: float, model: UniversalTransformer
 ) -> None:
-    parameters = sampling(temperature=temperature, end_of_document=-1, max_new_tokens=600)
+    parameters = sampling(temperature=temperature, end_of_document=-1, max_new_tokens=350)
     assert set(generate(model, PROMPT, parameters)) == {1, *range(3, 40)}
 
 
@@ -170,12 +176,12 @@ def test_a_long_prompt_processed_in_parts_has_the_same_answer(
 
 
 def test_forbidden_ids_are_never_sampled(model: UniversalTransformer) -> None:
-    tokens = [t for seed in range(30) for t in generate(model, PROMPT, sampling(seed=seed, temperature=5.0))]
-    assert len(tokens) > 300 and set(tokens) <= set(range(3, 40))
+    tokens = [t for seed in range(12) for t in generate(model, PROMPT, sampling(seed=seed, temperature=5.0))]
+    assert len(tokens) > 200 and set(tokens) <= set(range(3, 40))
 
 
 def test_the_end_of_the_document_ends_the_answer(model: UniversalTransformer) -> None:
-    lengths = [len(list(generate(model, PROMPT, sampling(seed=s, temperature=5.0)))) for s in range(20)]
+    lengths = [len(list(generate(model, PROMPT, sampling(seed=s, temperature=5.0)))) for s in range(8)]
     assert min(lengths) < 60
 
 
@@ -207,8 +213,10 @@ def test_non_finite_logits_of_one_prompt_do_not_change_the_others(model: Univers
         model.embed.weight[45] = float("nan")  # 45 is never sampled
     prompts = [[45, 5], PROMPT, [7, 45], [8]]
     parameters = sampling(temperature=0, end_of_document=-1)
-    expected = [[], recomputed(model, PROMPT, 60), [], recomputed(model, [8], 60)]
-    assert generate_many(model, prompts, parameters) == expected
+    answers = generate_many(model, prompts, parameters)
+    assert [len(answer) for answer in answers] == [0, 60, 0, 60]
+    for number in (1, 3):
+        assert answers[number] == recomputed(model, prompts[number], answers[number])
 
 
 def test_ended_answers_are_no_longer_computed(model: UniversalTransformer) -> None:
@@ -237,7 +245,7 @@ def test_new_weights_are_used_by_the_next_answer(model: UniversalTransformer) ->
     with torch.no_grad():
         model.head.weight.copy_(model.head.weight.flip(1))
     after = list(generate(model, PROMPT, parameters))
-    assert after == recomputed(model, PROMPT, 60) != before
+    assert len(after) == 60 and after == recomputed(model, PROMPT, after) != before
 
 
 def test_one_seed_draws_the_same_tokens_in_a_batch_of_any_size(model: UniversalTransformer) -> None:

@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.backends.common import aot_autograd
-from torch._functorch.aot_autograd import make_boxed_func
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -296,6 +294,9 @@ def test_the_elementwise_part_of_the_loss_compiles_into_one_graph_that_leaves_th
 
 def test_the_compiled_part_of_the_loss_has_no_operator_that_deterministic_kernels_would_replace() -> None:
     """`index_put_` would leave the compiled kernel, and sort the indices on a GPU."""
+    from torch._dynamo.backends.common import aot_autograd  # takes seconds, which other processes need not wait for
+    from torch._functorch.aot_autograd import make_boxed_func
+
     operators: list[Any] = []
 
     def keep(graph: torch.fx.GraphModule, _inputs: Any) -> Any:

@@ -24,8 +24,8 @@ from tests.training.tiny import RecordingHost, local_batches, tiny_config, tiny_
 CUDA = torch.device("cuda")
 
 
-def with_profile(**profile: Any) -> Config:
-    return tiny_config(profile=profile)
+def with_profile(accumulation: int = 1, **profile: Any) -> Config:
+    return tiny_config(accumulation=accumulation, profile=profile)
 
 
 def trained(config: Config, host: RecordingHost, state: TrainingState | None = None) -> TrainingState:
@@ -47,7 +47,7 @@ def notices(host: RecordingHost) -> list[str]:
 
 def test_a_profile_contains_the_regions_and_operations_of_its_steps() -> None:
     host = RecordingHost()
-    trained(with_profile(first_step=3, steps=2), host)
+    trained(with_profile(accumulation=3, first_step=3, steps=2), host)
     ((name, content),) = host.files.items()
     assert name == "profile/rank0-step3.pt.trace.json.gz"
     assert regions(content) == {"data wait": 2, "forward": 6, "backward": 6, "all-reduce": 2, "update": 2}
@@ -59,7 +59,10 @@ def test_a_profile_contains_the_regions_and_operations_of_its_steps() -> None:
 
 def test_a_profile_changes_no_loss_and_no_weight() -> None:
     plain, profiled = RecordingHost(), RecordingHost()
-    expected, state = trained(tiny_config(), plain), trained(with_profile(first_step=2, steps=3), profiled)
+    expected, state = (
+        trained(tiny_config(accumulation=1), plain),
+        trained(with_profile(first_step=2, steps=2), profiled),
+    )
     losses = [[e.train_loss for e in host.events if isinstance(e, StepDone)] for host in (plain, profiled)]
     assert losses[0] == losses[1]
     assert all(torch.equal(w, weights(state)[name]) for name, w in weights(expected).items())
@@ -149,7 +152,10 @@ def test_a_profiler_that_does_not_start_is_reported_once(monkeypatch: pytest.Mon
 
 
 def test_an_error_that_ends_the_run_leaves_the_profile_behind() -> None:
-    config, host = tiny_config(profile={"first_step": 1, "steps": 50}, max_skipped_steps=2), RecordingHost()
+    config, host = (
+        tiny_config(accumulation=1, profile={"first_step": 1, "steps": 50}, max_skipped_steps=2),
+        RecordingHost(),
+    )
     state = tiny_state(config)
     with torch.no_grad():
         state.model.head.weight.fill_(float("nan"))
