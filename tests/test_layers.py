@@ -83,7 +83,7 @@ ALLOWED = {
     "cluster": {"ray_internals"},
     "storage": {"original", "training", "reporting", "data", "ray_internals"},
     "original": {"training", "optim", "data", "model"},
-    "export": {"evaluation", "training", "reporting", "data", "model"},
+    "export": {"evaluation", "training", "inference", "reporting", "data", "model"},
     "evaluation": {"training", "inference", "data", "model"},
     "training": {"optim", "data", "model"},
     "reporting": set(),

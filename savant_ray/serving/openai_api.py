@@ -130,7 +130,7 @@ class Api:
         text = await _cancel_on_disconnect(http, anext(parts) if request.stream else _joined(parts))
         if not request.stream:
             return JSONResponse({**completion.body(text), "usage": completion.usage()})
-        include_usage = (request.stream_options or {}).get("include_usage", False)
+        include_usage = bool(request.stream_options and request.stream_options.include_usage)
         events = _events(completion, text, parts, include_usage)
         return StreamingResponse(events, headers=STREAM_HEADERS, media_type="text/event-stream")
 

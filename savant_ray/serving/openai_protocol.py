@@ -54,6 +54,14 @@ class ApiError(Exception):
         self.status, self.body = status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+class _StreamOptions(BaseModel):
+    """Options of a stream."""
+
+    model_config = ConfigDict(extra="forbid")
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None  # answers are never padded
+
+
 class _Request(BaseModel):
     """Parameters of both kinds of requests; None means the server's default."""
 
@@ -64,7 +72,7 @@ class _Request(BaseModel):
     seed: int | None = Field(None, ge=MIN_SEED, le=MAX_SEED)
     stop: Texts | None = Field(None, max_length=4)
     stream: bool = False
-    stream_options: dict[Literal["include_usage"], bool] | None = None
+    stream_options: _StreamOptions | None = None
     user: str | None = None
     # Only values that have no effect are accepted:
     n: int | None = Field(None, ge=1, le=1)

@@ -102,6 +102,8 @@ def test_a_long_stop_takes_no_longer_than_a_short_one(tokenizer: Tokenizer) -> N
         (ChatRequest, '{"messages": ["x"]}', "messages", "not an object"),
         (ChatRequest, '{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "messages", ""),
         (ChatRequest, '{"messages": [], "tools": []}', "tools", "not permitted"),
+        (ChatRequest, '{"messages": [], "stream_options": {"include_obfuscation": true}}', "stream_options", ""),
+        (ChatRequest, '{"messages": [], "stream_options": {"usage": true}}', "stream_options", "not permitted"),
         (ChatRequest, '{"messages": [], "logit_bias": {"5": 1}}', "logit_bias", "at most 0"),
         (ChatRequest, '{"messages": [], "response_format": {"type": "json_object"}}', "response_format", "text"),
     ],
@@ -120,6 +122,7 @@ def test_parameters_that_change_nothing_are_accepted() -> None:
     neutral = {"n": 1, "top_p": 1, "presence_penalty": 0, "frequency_penalty": 0, "user": "me", "stop": None}
     neutral |= {"logprobs": False}
     neutral |= {"logit_bias": {}, "response_format": {"type": "text"}}
+    neutral |= {"stream_options": {"include_usage": None, "include_obfuscation": False}}
     completion = parse_request(
         CompletionRequest, json.dumps({"prompt": ["x"], "best_of": 1, "echo": False, **neutral}).encode()
     )
