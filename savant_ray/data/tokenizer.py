@@ -480,10 +480,8 @@ class IncrementalDecoder:
         self._tokenizer = tokenizer
         self._context = tokenizer.decoding_context(prompt)  # ids whose text has been returned
         self._pending: list[int] = []
-        self._n_complete, self._n_waiting = (
-            0,
-            0,
-        )  # complete characters of the pending ids, and ids since the last of them
+        self._n_complete = 0  # complete characters of the pending ids
+        self._n_waiting = 0  # ids since the last of these characters
 
     def push(self, token: int) -> str:
         """Add an id; return the text of all pending ids, or "" while their last character is incomplete.
