@@ -83,7 +83,7 @@ def sweep(config: Config, space_file: Path, trials: int, concurrent: int, stops_
 
 
 def stop_trials_at_signals() -> None:
-    """Let SIGTERM, SIGHUP and SIGUSR1 stop the trials; Tune does that at SIGINT only, and ends at once at a second one.
+    """Let SIGTERM, SIGHUP and SIGUSR1 stop the trials; Tune does that at SIGINT only, and a second one ends it.
 
     Only the first of them has an effect, because `timeout` and a closing terminal send theirs twice. Under `nohup` SIGHUP
     remains ignored.
